@@ -1,0 +1,344 @@
+"""Makes a model read given tensors where it would read its variables.
+
+Keras layers read through `keras.StatelessScope`. Plain `tf.Module`s have no such door:
+their attributes are lent, that is, replaced by the tensors for the time of the trace.
+The only file that touches private attributes of Keras: `_flatten_layers` (there is no
+public listing of nested layers), `_trainable_variables` (tells a frozen weight from
+state) and `_autocast` (tells a float32 island). A canary test watches all three.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from mpl import errors
+
+_SEED_NAME = "seed_generator_state"
+
+
+@dataclasses.dataclass(eq=False)
+class ModelVariable:
+    """One variable of a model.
+
+    Attributes:
+      name: path in the model, for messages and for matching patterns.
+      key: path that does not depend on what else the process built, for checkpoints.
+      value: the tf.Variable.
+      keras_variable: the keras.Variable around it, or None for a variable of a tf.Module.
+      owner: the Keras layer whose variable it is, or None.
+      autocast: whether its layer reads it in the layer's compute dtype.
+    """
+
+    name: str
+    key: str
+    value: tf.Variable
+    keras_variable: keras.Variable | None = None
+    owner: keras.layers.Layer | None = None
+    autocast: bool = True
+
+    @property
+    def is_seed(self) -> bool:
+        return self.keras_variable is not None and self.keras_variable.name == _SEED_NAME
+
+    @property
+    def regularizer(self) -> Callable | None:
+        return getattr(self.keras_variable, "regularizer", None)
+
+    @property
+    def constraint(self) -> Callable | None:
+        return getattr(self.keras_variable, "constraint", None)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.value.shape.num_elements() * self.value.dtype.size
+
+
+class Binding:
+    """The variables of a model, and the way to bind them to tensors.
+
+    Attributes:
+      trainable: variables that take part in training, in creation order.
+      state: non-trainable Keras variables that a forward pass may write.
+      assigned: non-trainable variables of tf.Modules, which assign them in place.
+    """
+
+    def __init__(self, model: tf.Module | keras.layers.Layer):
+        self._model = model
+        self._lender: int | None = None
+        self.trainable: list[ModelVariable] = []
+        self.state: list[ModelVariable] = []
+        self.assigned: list[ModelVariable] = []
+        self._loans: list[tuple[dict, str]] = []
+        modules, layers = _find_parts(model)
+        for path, layer in layers:
+            self._add_keras(path, layer)
+        lent = set()
+        for path, variable, (attributes, name) in modules:
+            kind = self.trainable if variable.trainable else self.assigned
+            if all(variable is not known.value for known in kind):
+                kind.append(ModelVariable(path, path, variable))
+            if variable.trainable and (id(attributes), name) not in lent:
+                lent.add((id(attributes), name))
+                self._loans.append((attributes, name))
+        self._known = {id(entry.keras_variable) for entry in self.trainable + self.state}
+        if not self.trainable:
+            raise errors.ConfigError(
+                f"`model` ({type(model).__name__}) has no trainable variable.",
+                "Build it first (call it on one batch, or give Keras an Input), and "
+                "unfreeze what should train.",
+            )
+
+    def _add_keras(self, path: str, model: keras.layers.Layer) -> None:
+        owners: dict[int, list[keras.layers.Layer]] = {}
+        for layer in model._flatten_layers():
+            for variable in layer._trainable_variables:
+                owners.setdefault(id(variable), []).append(layer)
+        metrics = {id(variable) for variable in model.metrics_variables}
+        keys = canonical_names([variable.path for variable in model.variables])
+        seen = {id(entry.keras_variable) for entry in self.trainable + self.state}
+        trainable = {id(variable) for variable in model.trainable_variables}
+        for variable, key in zip(model.variables, keys):
+            if id(variable) in seen or id(variable) in metrics:
+                continue
+            of = owners.get(id(variable), [])
+            entry = ModelVariable(
+                name=variable.path,
+                key=f"{path}/{key}" if path else key,
+                value=variable.value,
+                keras_variable=variable,
+                owner=of[0] if len(of) == 1 else None,
+                autocast=variable._autocast and all(layer.autocast for layer in of),
+            )
+            if id(variable) in trainable:
+                self.trainable.append(entry)
+            elif not of:  # not a frozen weight
+                self.state.append(entry)
+
+    def trainable_now(self) -> list[tf.Variable]:
+        """Returns the model's trainable variables as they are at this moment."""
+        return [entry.value for entry in Binding(self._model).trainable]
+
+    def layers(self) -> list[keras.layers.Layer]:
+        """Returns every Keras layer of the model, nested ones too."""
+        return flatten_layers(self._model)
+
+    @contextlib.contextmanager
+    def scope(
+        self,
+        tensors: dict[int, tf.Tensor],
+        updates: list[tuple[keras.Variable, tf.Tensor]],
+        calls: list[tuple[keras.layers.Layer, Callable]],
+    ) -> Iterator["_Scope"]:
+        """Binds for the time of the `with`.
+
+        Args:
+          tensors: from the id of a tf.Variable to the tensor that a tf.Module reads.
+          updates: what Keras variables read as.
+          calls: layers whose `call` is another for this time.
+        """
+        loans = [(home, name, _replaced(home[name], tensors)) for home, name in
+                 self._loans]
+        loans += [(vars(layer), "call", call) for layer, call in calls]
+        scope = _Scope(self._known)
+        for update in updates:
+            scope.state_mapping[id(update[0])] = update[1]
+        with self._lend(loans), scope:
+            yield scope
+
+    @contextlib.contextmanager
+    def _lend(self, loans: list[tuple[dict, str, Any]]) -> Iterator[None]:
+        if not loans:
+            yield
+            return
+        former, me = self._lender, threading.get_ident()
+        if former not in (None, me):
+            raise errors.ConfigError(
+                "a second replica entered `bound` while the first stands inside it, in "
+                f"a collective: {_collective_of(former)}. The model is a tf.Module or "
+                "has a sparse table, whose variables are lent to one replica at a time.",
+                "Keep collectives (all_reduce, synchronised batch normalisation, "
+                "aggregated assigns) out of the forward pass of such models.",
+            )
+        missing = object()
+        saved = [(home, name, home.get(name, missing)) for home, name, _ in loans]
+        self._lender = me
+        try:
+            for home, name, value in loans:
+                home[name] = value
+            yield
+        finally:
+            for home, name, value in reversed(saved):
+                if value is missing:
+                    home.pop(name, None)
+                else:
+                    home[name] = value
+            self._lender = former
+
+
+class _Scope(keras.StatelessScope):
+    """A StatelessScope that refuses writes which the step could not carry."""
+
+    def __init__(self, known: set[int]):
+        super().__init__(collect_losses=True)
+        self._known = known
+        self._graph = None if tf.executing_eagerly() else _graph()
+
+    def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
+        variable, value = update
+        if id(variable) not in self._known:
+            if variable.name == _SEED_NAME:
+                what = "draws from a seed that is not the model's"
+                remedy = (
+                    "Give the layer its own `keras.random.SeedGenerator` as an "
+                    "attribute and pass it as `seed=`."
+                )
+            else:
+                what = f"writes {variable.path!r}, which is not state of the model"
+                remedy = (
+                    "Update metrics outside the forward pass: return what they need "
+                    "in `LossOutput.outputs`."
+                )
+            raise errors.ConfigError(f"{_calling_layer()} {what}.", remedy)
+        if self._graph is not None and tf.is_tensor(value) and (
+            getattr(value, "graph", self._graph) is not self._graph
+        ):
+            raise errors.ConfigError(
+                f"{_calling_layer()} writes {variable.path!r} inside a tf.while or "
+                "tf.cond; its value cannot leave that graph.",
+                "Write the state after the loop, or unroll the loop in Python.",
+            )
+        super().add_update(update)
+
+
+def flatten_layers(model: tf.Module | keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns every Keras layer in `model`, nested ones too, each once."""
+    found: dict[int, keras.layers.Layer] = {}
+    for _, layer in _find_parts(model)[1]:
+        found.update((id(inner), inner) for inner in layer._flatten_layers())
+    return list(found.values())
+
+
+def _graph() -> tf.Graph:
+    return tf.compat.v1.get_default_graph()
+
+
+def _calling_layer() -> str:
+    """Returns the name of the innermost Keras layer on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, keras.layers.Layer):
+            return f"layer {owner.path!r} ({type(owner).__name__})"
+        frame = frame.f_back
+    return "the forward pass"
+
+
+def _collective_of(thread: int) -> str:
+    """Returns where another thread waits, as `name (file:line)` of its own code."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return "unknown"
+    package = tf.__path__[0]
+    stack = [f for f in traceback.extract_stack(frame)]
+    for number in range(len(stack) - 1, 0, -1):
+        if not stack[number].filename.startswith(package) and "threading" not in (
+            stack[number].filename
+        ):
+            inner = stack[min(number + 1, len(stack) - 1)]
+            where = stack[number]
+            return f"{inner.name} ({where.filename}:{where.lineno})"
+    return stack[-1].name
+
+
+def _find_parts(root: Any) -> tuple[list, list]:
+    """Walks `root`; returns module variables and the outermost Keras layers.
+
+    Returns:
+      `[(path, tf.Variable, (vars of the module, attribute name)), ...]` and
+      `[(path, keras layer), ...]`, in the order of attributes.
+    """
+    variables: list[tuple[str, tf.Variable, tuple[dict, str]]] = []
+    layers: list[tuple[str, keras.layers.Layer]] = []
+    seen: set[int] = set()
+
+    def walk(value: Any, path: str, home: tuple[dict, str] | None) -> None:
+        if isinstance(value, tf.random.Generator):
+            value = value.state
+        if isinstance(value, tf.Variable):
+            if home is not None:
+                variables.append((path, value, home))
+            return
+        if isinstance(value, (keras.layers.Layer, tf.Module)):
+            if id(value) in seen:
+                return
+            seen.add(id(value))
+            if isinstance(value, keras.layers.Layer):
+                layers.append((path, value))
+                return
+            attributes = vars(value)
+            for name, attribute in list(attributes.items()):
+                # TensorFlow's own bookkeeping lists every variable a second time.
+                if not name.startswith(("_self_", "_tf_", "_obj_")):
+                    inner = f"{path}/{name}" if path else name
+                    walk(attribute, inner, (attributes, name))
+        elif isinstance(value, collections.abc.Mapping):
+            for name, item in value.items():
+                walk(item, f"{path}/{name}", home)
+        elif isinstance(value, (list, tuple)):
+            for number, item in enumerate(value):
+                walk(item, f"{path}/{number}", home)
+
+    walk(root, "", None)
+    return variables, layers
+
+
+def _replaced(value: Any, tensors: dict[int, tf.Tensor]) -> Any:
+    """Returns `value` with its variables replaced, containers copied."""
+    if isinstance(value, tf.Variable):
+        return tensors.get(id(value), value)
+    if isinstance(value, collections.abc.Mapping):
+        return {name: _replaced(item, tensors) for name, item in value.items()}
+    if isinstance(value, tuple):
+        items = [_replaced(item, tensors) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_replaced(item, tensors) for item in value]
+    return value
+
+
+def canonical_names(paths: list[str]) -> list[str]:
+    """Renumbers Keras's automatic names as a fresh process would give them.
+
+    Keras counts layers through the life of a process (`dense_7`); here each parent
+    counts its own children, in order: `dense`, `dense_1`.
+    """
+    children: dict[tuple[str, ...], dict[str, str]] = {}
+    names = []
+    for path in paths:
+        parent: tuple[str, ...] = ()
+        canonical = []
+        for part in path.split("/"):
+            known = children.setdefault(parent, {})
+            if part not in known:
+                base = re.sub(r"_\d+$", "", part)
+                count = sum(re.sub(r"_\d+$", "", other) == base for other in known)
+                known[part] = f"{base}_{count}" if count else base
+            canonical.append(known[part])
+            parent += (part,)
+        names.append("/".join(canonical))
+    count = collections.Counter(names)
+    seen: collections.Counter[str] = collections.Counter()
+    for number, name in enumerate(names):
+        if count[name] > 1:
+            names[number] = f"{name}#{seen[name]}"
+            seen[name] += 1
+    return names

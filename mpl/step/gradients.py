@@ -1,0 +1,327 @@
+"""From gradients to a decision: micro-batches, reduction, checks, all or nothing."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from mpl import errors
+from mpl.step import sparse as sparse_lib
+from mpl.step import state as state_lib
+
+
+@dataclasses.dataclass
+class Prepared:
+    """One optimizer's part of a step, reduced over replicas and checked.
+
+    Attributes:
+      gradients: true float32 gradients, clipped, one a bucket.
+      state: new non-trainable state, averaged over replicas; None where unwritten.
+      snapshot: values to put back on a skip.
+      checks: float32 `[n]`, each finite exactly if what it looks at is.
+      norm: global norm before clipping.
+      active: whether any example had weight.
+    """
+
+    gradients: list
+    state: list
+    snapshot: list
+    checks: tf.Tensor
+    norm: tf.Tensor
+    active: tf.Tensor
+
+
+def apply_together(
+    updates: Sequence[tuple[Any, Sequence[Any], state_lib.Forward]],
+) -> None:
+    """Applies the updates of several optimizers, all of them or none.
+
+    One flag decides for all; a loss scale that they share adjusts once.
+
+    Args:
+      updates: `[(LossScaleOptimizer, gradients, forward), ...]`, as for `apply`.
+
+    Raises:
+      ConfigError: outside of replica context.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise errors.ConfigError(
+            "gradients were applied in cross-replica context.",
+            "Apply them inside the function that `strategy.run` calls.",
+        )
+    optimizers = [optimizer for optimizer, _, _ in updates]
+    prepared = [_prepare(context, *update) for update in updates]
+    finite = tf.reduce_all(
+        [tf.reduce_all(tf.math.is_finite(part.checks)) for part in prepared]
+    )
+    active = tf.reduce_all([part.active for part in prepared])
+    for _, _, forward in updates:
+        forward.finite = finite & active
+
+    def commit(strategy: tf.distribute.Strategy, parts: list, finite, active) -> None:
+        first = _first_of(strategy)
+        parts = [Prepared(**part) for part in parts]
+        finite, active = first(finite), first(active)
+
+        def update() -> tf.Tensor:
+            for optimizer, part in zip(optimizers, parts):
+                optimizer.update(strategy, part)
+            return tf.constant(0)
+
+        def skip() -> tf.Tensor:
+            for optimizer, part in zip(optimizers, parts):
+                optimizer.put_back(strategy, part)
+            return tf.constant(0)
+
+        tf.cond(finite & active, update, skip)
+        for optimizer, part in zip(optimizers, parts):
+            optimizer.count(finite, active, first(part.checks), first(part.norm))
+        for optimizer in {id(o.loss_scale): o for o in optimizers}.values():
+            shares = [o.share for o in optimizers if
+                      o.loss_scale is optimizer.loss_scale]
+            for share in shares:
+                optimizer.loss_scale.adjust_shared(share, finite, active)
+
+    parts = [dict(vars(part)) for part in prepared]
+    context.merge_call(commit, args=(parts, finite, active))
+
+
+def _first_of(strategy: tf.distribute.Strategy) -> Callable:
+    """Returns a function that takes the first replica's value."""
+    return lambda value: strategy.experimental_local_results(value)[0]
+
+
+def _prepare(
+    context: Any,
+    optimizer: Any,
+    gradients: Sequence[Any],
+    forward: state_lib.Forward,
+) -> Prepared:
+    """Reduces, unscales, checks and clips; replica context, outside control flow."""
+    summed = [
+        _all_reduce(context, _cast(gradient, _wide(optimizer.reduce_dtype, bucket)))
+        for gradient, bucket in zip(gradients, optimizer.buckets)
+    ]
+    sums, state = _reduce_scalars(context, optimizer, forward)
+    factor = 1.0 / forward.scale
+    active = tf.constant(True)
+    checks = []
+    if forward.weight_sum is not None:
+        loss_sum, weight_sum = tf.unstack(sums)
+        forward.loss = tf.math.divide_no_nan(loss_sum, weight_sum)
+        active = weight_sum != 0
+        nominal = tf.cast(optimizer.nominal_weight, weight_sum.dtype)
+        factor *= tf.cast(tf.math.divide_no_nan(nominal, weight_sum), factor.dtype)
+        checks = [tf.cast(sums, tf.float32)]
+    unscaled = []
+    squares = []
+    for gradient, bucket in zip(summed, optimizer.buckets):
+        if isinstance(gradient, tf.IndexedSlices):
+            gradient = sparse_lib.sum_duplicates(gradient)
+        gradient = _map_values(lambda g: g * tf.cast(factor, g.dtype), gradient)
+        gradient = _add_regularizers(bucket, gradient)
+        unscaled.append(gradient)
+        squares.append(tf.cast(_squares(bucket, gradient), tf.float32))
+    squares = tf.concat(squares, 0)
+    norm = tf.sqrt(tf.reduce_sum(squares))
+    if optimizer.clip_norm is not None:
+        limit = tf.constant(optimizer.clip_norm, tf.float32)
+        shrink = limit / tf.maximum(limit, norm)
+        unscaled = [
+            _map_values(lambda g: g * tf.cast(shrink, g.dtype), gradient)
+            for gradient in unscaled
+        ]
+    checks += [
+        tf.zeros([1]) if value is None or not value.dtype.is_floating
+        else tf.cast(tf.reduce_sum(tf.square(value)), tf.float32)[tf.newaxis]
+        for value in state
+    ]
+    return Prepared(
+        unscaled, state, forward.snapshot, tf.concat([squares, *checks], 0), norm, active
+    )
+
+
+def _wide(reduce_dtype: tf.DType, bucket: Any) -> tf.DType:
+    """Returns the dtype to reduce in: never narrower than float64 masters ask."""
+    master = bucket.variable.dtype
+    return master if master.size > 4 else reduce_dtype
+
+
+def _cast(gradient: Any, dtype: tf.DType) -> Any:
+    return _map_values(lambda values: tf.cast(values, dtype), gradient)
+
+
+def _map_values(function: Callable, gradient: Any) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            function(gradient.values), gradient.indices, gradient.dense_shape
+        )
+    return function(gradient)
+
+
+def _all_reduce(context: Any, value: Any) -> Any:
+    if context.num_replicas_in_sync == 1:
+        return value
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def _reduce_scalars(
+    context: Any, optimizer: Any, forward: state_lib.Forward
+) -> tuple[tf.Tensor | None, list[tf.Tensor | None]]:
+    """Sums loss and weight, and averages state, over replicas in one collective.
+
+    Floating state becomes its mean weighted by the replicas' sums of weights, so that a
+    replica without examples counts nothing. Other state is taken from the first
+    replica when it is written.
+    """
+    if forward.weight_sum is None:
+        return None, []
+    sums = tf.stack([forward.loss_sum, forward.weight_sum])
+    if context.num_replicas_in_sync == 1:
+        return sums, forward.state
+    floating = [
+        value for value in forward.state if value is not None and value.dtype.is_floating
+    ]
+    weight = forward.weight_sum
+    flat = [
+        tf.math.multiply_no_nan(tf.reshape(tf.cast(value, weight.dtype), [-1]), weight)
+        for value in floating
+    ]
+    reduced = _all_reduce(context, tf.concat([sums, *flat], 0))
+    sizes = [2] + [value.shape.num_elements() for value in floating]
+    sums, *means = tf.split(reduced, sizes)
+    averaged = iter(
+        tf.cast(tf.reshape(tf.math.divide_no_nan(mean, sums[1]), value.shape),
+                value.dtype)
+        for mean, value in zip(means, floating)
+    )
+    return sums, [
+        next(averaged) if value is not None and value.dtype.is_floating else value
+        for value in forward.state
+    ]
+
+
+def _add_regularizers(bucket: Any, gradient: Any) -> Any:
+    """Adds the gradient of the weight penalties, from the masters themselves."""
+    penalised = [entry.regularizer is not None for entry in bucket.entries]
+    if not any(penalised):
+        return gradient
+    master = tf.convert_to_tensor(bucket.variable)
+    with tf.GradientTape() as tape:
+        tape.watch(master)
+        penalty = tf.add_n([
+            tf.cast(entry.regularizer(part), master.dtype)
+            for entry, part in zip(bucket.entries, bucket.split(master))
+            if entry.regularizer is not None
+        ])
+    return gradient + tf.cast(tape.gradient(penalty, master), gradient.dtype)
+
+
+def _squares(bucket: Any, gradient: Any) -> tf.Tensor:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.reduce_sum(tf.square(gradient.values))[tf.newaxis]
+    return bucket.squares(gradient)
+
+
+def accumulate(
+    replica_forward: Callable,
+    batch: Any,
+    steps: int,
+    *,
+    weights: Any,
+) -> tuple[list, state_lib.Forward, state_lib.LossOutput]:
+    """Runs a forward and backward pass over micro-batches and sums the gradients.
+
+        for each of `steps` slices of the batch:
+            gradients += replica_forward(slice, state)   # float32, the same scale
+            state = what the slice left                  # seeds and statistics go on
+
+    Give the sums to `LossScaleOptimizer.apply` as if the batch had been one. The
+    activations of one micro-batch are alive at a time.
+
+    Args:
+      replica_forward: function of (micro-batch, state) that enters
+        `weights.bound(params, state)` and returns (gradients, forward, output).
+      batch: nest of tensors `[batch, ...]` on this replica.
+      steps: number of micro-batches; divides the batch.
+      weights: the `MasterWeights` that `replica_forward` binds.
+
+    Returns:
+      Gradients, a `Forward` and the `LossOutput` of the whole batch.
+
+    Raises:
+      ConfigError: if the batch cannot be divided.
+    """
+    if steps == 1:
+        return replica_forward(batch, None)
+    for leaf in tf.nest.flatten(batch):
+        size = leaf.shape[0] if leaf.shape.rank else None
+        if leaf.shape.rank == 0 or (size is not None and size % steps):
+            raise errors.ConfigError(
+                f"a batch of shape {leaf.shape} on each replica cannot be cut into "
+                f"{steps} micro-batches.",
+                "Choose a global batch size that replicas × accumulation steps divide.",
+            )
+    cut = tf.nest.map_structure(
+        lambda leaf: tf.reshape(leaf, [steps, -1, *leaf.shape[1:]]), batch
+    )
+    traced: dict[str, Any] = {}
+
+    # Traced once, here, so that the loop's variables are known before it is built.
+    @tf.function
+    def one(index: tf.Tensor, state: list[tf.Tensor]) -> tuple:
+        micro = tf.nest.map_structure(lambda leaf: leaf[index], cut)
+        gradients, forward, output = replica_forward(micro, state)
+        traced.update(forward=forward, output=output)
+        sums = [forward.loss_sum, forward.weight_sum]
+        dense = [g for g in gradients if not isinstance(g, tf.IndexedSlices)]
+        rows = [(g.indices, g.values) for g in gradients
+                if isinstance(g, tf.IndexedSlices)]
+        sums += [tf.cast(g, _wide(tf.float32, bucket)) for g, bucket in
+                 zip(dense, [b for b in weights.buckets if not b.sparse])]
+        kept = tf.nest.flatten((rows, output))
+        kept = [leaf for leaf in kept if tf.is_tensor(leaf)]
+        return sums, forward.state, forward.scale, kept
+
+    state = weights.initial_state()
+    snapshot = weights.snapshot()
+    concrete = one.get_concrete_function(
+        tf.TensorSpec([], tf.int32), [tf.TensorSpec.from_tensor(x) for x in state]
+    )
+    sum_specs, _, scale_spec, kept_specs = concrete.structured_outputs
+    kept = [
+        tf.TensorArray(spec.dtype, size=steps, element_shape=spec.shape)
+        for spec in kept_specs
+    ]
+    sums = [tf.zeros(spec.shape, spec.dtype) for spec in sum_specs]
+
+    scale = tf.zeros(scale_spec.shape, scale_spec.dtype)
+
+    def body(index, sums, state, _, kept):
+        more, state, scale, leaves = concrete(index, state)
+        sums = [total + extra for total, extra in zip(sums, more)]
+        kept = [array.write(index, leaf) for array, leaf in zip(kept, leaves)]
+        return index + 1, sums, state, scale, kept
+
+    _, sums, state, scale, kept = tf.while_loop(
+        lambda index, *_: index < steps, body, (tf.constant(0), sums, state, scale, kept)
+    )
+    leaves = iter(
+        array.concat() if spec.shape.rank else array.stack()
+        for array, spec in zip(kept, kept_specs)
+    )
+    whole = state_lib.Forward(
+        traced["forward"].params, [], state, snapshot,
+        scale=scale, loss_sum=sums[0], weight_sum=sums[1],
+    )
+    dense = iter(sums[2:])
+    gradients = [
+        tf.IndexedSlices(*reversed([next(leaves), next(leaves)]))
+        if bucket.sparse else next(dense) for bucket in weights.buckets
+    ]
+    output = tf.nest.map_structure(
+        lambda leaf: next(leaves) if tf.is_tensor(leaf) else leaf, traced["output"]
+    )
+    return gradients, whole, output

@@ -1,0 +1,390 @@
+"""The optimizer of a mixed-precision step: reduce, check, then update or skip."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mpl import errors
+from mpl.precision import loss_scale as loss_scale_lib
+from mpl.step import binding as binding_lib
+from mpl.step import gradients as gradients_lib
+from mpl.step import master_weights as master_weights_lib
+from mpl.step import slots as slots_lib
+from mpl.step import sparse as sparse_lib
+from mpl.step import state as state_lib
+
+# Settings of Keras's optimizers that this one replaces, and by what.
+_REPLACED = {
+    "clipnorm": "clip_norm of LossScaleOptimizer (the global norm)",
+    "clipvalue": "clip_norm of LossScaleOptimizer",
+    "global_clipnorm": "clip_norm of LossScaleOptimizer",
+    "use_ema": "ema_decay of LossScaleOptimizer",
+    "gradient_accumulation_steps": "mpl.accumulate",
+    "loss_scale_factor": "loss_scale of LossScaleOptimizer",
+}
+
+
+class LossScaleOptimizer(tf.Module):
+    """An inner Keras optimizer, a loss scale, and the order of a step:
+
+        scale = loss_scale.value                    # once
+        scaled = Σ(loss × weight) ÷ nominal × scale
+        g = all_reduce(SUM, ∂scaled/∂params)        # one per bucket, unconditional
+        g = g ÷ scale × nominal ÷ Σ weight          # float32
+        finite = isfinite(Σ g²) and isfinite(state) # the same on every replica
+        g = g × min(1, clip_norm ÷ ‖g‖)
+        if finite: inner update, decay, averages, state
+        else: nothing changes but the scale and the counters
+        scale = adjust(finite)
+
+    With `weights`, use `scale_loss(output, forward)` and `apply`; without, in any loop,
+    `scale_loss(loss)` and `apply_gradients(zip(gradients, variables))`. Build it under
+    the scope of the strategy and call it in replica context.
+
+    Args:
+      inner: a Keras optimizer that has not been built. Its clipping, averaging,
+        accumulation and loss scale must be unset: those are done here, in this order.
+      loss_scale: a `LossScale` (several optimizers may share one), "auto", "none",
+        "dynamic" or a number. "auto": dynamic for float16, else none.
+      weights: the `MasterWeights` to update, or None for ordinary variables.
+      clip_norm: largest global norm of the true gradient, after the reduction.
+      ema_decay: decay of the exponential moving average of the weights, in (0, 1).
+      nominal_weight: constant by which the loss is divided before scaling, best near
+        Σ weight of a global batch; it cancels out.
+      reduce_dtype: dtype in which gradients are summed over replicas.
+
+    Attributes:
+      averages: moving averages laid out like the masters; empty without `ema_decay`.
+      applied_steps: int64, updates made; schedules follow it.
+      skipped_steps: int64, updates refused as not finite.
+      consecutive_skips: int64, refused since the last update made.
+      grad_norm: float32, global norm of the last step's gradient, before clipping.
+
+    Raises:
+      ConfigError: for a setting that belongs here or cannot work.
+
+    Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.2,
+      https://arxiv.org/abs/1710.03740
+    """
+
+    def __init__(
+        self,
+        inner: keras.optimizers.Optimizer,
+        loss_scale: Any = "auto",
+        weights: master_weights_lib.MasterWeights | None = None,
+        *,
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+        nominal_weight: float = 1.0,
+        reduce_dtype: Any = tf.float32,
+    ):
+        super().__init__(name="loss_scale_optimizer")
+        _check_arguments(inner, clip_norm, ema_decay, nominal_weight)
+        self.inner = inner
+        self.loss_scale = loss_scale_lib.get_loss_scale(
+            loss_scale, weights.policy if weights else None
+        )
+        self.weights = weights
+        self.clip_norm = clip_norm
+        self.ema_decay = ema_decay
+        self.nominal_weight = float(nominal_weight)
+        self.reduce_dtype = tf.as_dtype(reduce_dtype)
+        self.share = self.loss_scale.register()
+        self.buckets: list[master_weights_lib.Bucket] = []
+        self.averages: list[tf.Variable] = []
+        # Skips, skips in a row, position of the last bad value, whether it was NaN.
+        self._counts = _host_variable(np.zeros(4, np.int64), "counts")
+        self.grad_norm = _host_variable(np.float32(0), "grad_norm")
+        if weights is not None:
+            weights.attach(self)
+            weights.build(inner)
+            self._build(weights.buckets)
+
+    @property
+    def applied_steps(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self.inner.iterations.value)
+
+    @property
+    def skipped_steps(self) -> tf.Tensor:
+        return self._counts[0]
+
+    @property
+    def consecutive_skips(self) -> tf.Tensor:
+        return self._counts[1]
+
+    @property
+    def learning_rate(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self.inner.learning_rate)
+
+    def build(self, variables: Sequence[tf.Variable | keras.Variable]) -> None:
+        """Makes the slots for `apply_gradients` of these variables."""
+        paths = [getattr(v, "path", None) or v.name.split(":")[0] for v in variables]
+        buckets = []
+        for variable, path, key in zip(
+            variables, paths, binding_lib.canonical_names(paths)
+        ):
+            is_keras = isinstance(variable, keras.Variable)
+            value = variable.value if is_keras else variable
+            entry = binding_lib.ModelVariable(
+                path, key, value, variable if is_keras else None
+            )
+            buckets.append(master_weights_lib.Bucket(
+                [entry], value.dtype, decay=True, multiplier=1.0, variable=value))
+        self._build(buckets)
+
+    def _build(self, buckets: list[master_weights_lib.Bucket]) -> None:
+        self.buckets = buckets
+        for bucket in buckets:
+            if bucket.sparse:
+                sparse_lib.check_rule(self.inner, bucket.entries[0].name, bucket.decay)
+        self._slots = slots_lib.Slots(self.inner, buckets)
+        if self.ema_decay is not None:
+            self.averages = [
+                tf.Variable(tf.convert_to_tensor(bucket.variable), trainable=False,
+                            name=f"average_{number}")
+                for number, bucket in enumerate(buckets)
+            ]
+
+    def scale_loss(
+        self,
+        loss: state_lib.LossOutput | tf.Tensor,
+        forward: state_lib.Forward | None = None,
+    ) -> tf.Tensor:
+        """Returns the scalar to differentiate.
+
+        Args:
+          loss: with `forward`, what `Experiment.loss` returned; call it inside
+            `bound`, or after it so that `add_loss` terms are seen. Without, a scalar
+            already divided for the SUM over replicas.
+          forward: from `MasterWeights.bound`.
+        """
+        if forward is None:
+            return self.loss_scale.scale(loss)
+        forward.scale = tf.convert_to_tensor(self.loss_scale.value)
+        forward.loss_sum, forward.weight_sum = state_lib.weighted_sums(loss)
+        total = forward.loss_sum
+        for penalty in forward.penalties:
+            total += tf.cast(penalty, total.dtype) * forward.weight_sum
+        return total / self.nominal_weight * tf.cast(forward.scale, total.dtype)
+
+    def apply(
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+        forward: state_lib.Forward,
+    ) -> None:
+        """Reduces, checks and applies the gradients of `weights`, or skips the step.
+
+        Args:
+          gradients: from `MasterWeights.gradients`, of the scaled loss.
+          forward: the same step's; `loss` and `finite` are set on it.
+        """
+        gradients_lib.apply_together([(self, gradients, forward)])
+
+    def apply_gradients(
+        self, grads_and_vars: Iterable[tuple[Any, tf.Variable | keras.Variable]]
+    ) -> None:
+        """Applies gradients of a scaled loss to ordinary variables, or skips the step.
+
+        Gradients are summed over replicas. Row gradients (tf.IndexedSlices) update
+        single rows where the inner optimizer has a rule for it, else become dense.
+
+        Raises:
+          ConfigError: if the variables are not those of `build`, or one has no gradient.
+        """
+        gradients, variables = zip(*grads_and_vars)
+        values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+        if not self.buckets:
+            if tf.distribute.has_strategy():
+                raise errors.ConfigError(
+                    "`apply_gradients` under a strategy needs slots made beforehand.",
+                    "Call `optimizer.build(variables)` inside `strategy.scope()`.",
+                )
+            with tf.init_scope():
+                self.build(variables)
+        if {id(v) for v in values} != {id(b.variable) for b in self.buckets}:
+            raise errors.ConfigError(
+                "`apply_gradients` got other variables than the optimizer was built "
+                "with.",
+                "Pass the same variables each time; several sets need several "
+                "optimizers.",
+            )
+        by_variable = {id(v): g for v, g in zip(values, gradients)}
+        ordered = [by_variable[id(bucket.variable)] for bucket in self.buckets]
+        for gradient, bucket in zip(ordered, self.buckets):
+            if gradient is None:
+                raise errors.ConfigError(
+                    f"{bucket.entries[0].name!r} has no gradient.",
+                    "Leave it out of `build` and `apply_gradients`.",
+                )
+        forward = state_lib.Forward([], [])
+        forward.scale = tf.convert_to_tensor(self.loss_scale.value)
+        gradients_lib.apply_together([(self, ordered, forward)])
+
+    def update(
+        self, strategy: tf.distribute.Strategy, prepared: "gradients_lib.Prepared"
+    ) -> None:
+        """Updates everything; cross-replica context, and only if the step is finite."""
+        extended = strategy.extended
+        rate = self.inner.learning_rate
+        decay = self.inner.weight_decay
+        slots_lib.advance(self.inner)
+        for number, (bucket, gradient) in enumerate(
+            zip(self.buckets, prepared.gradients)
+        ):
+            def update_one(variable, gradient, rate, number=number, bucket=bucket):
+                rate = tf.cast(rate, variable.dtype) * bucket.multiplier
+                if isinstance(gradient, tf.IndexedSlices):
+                    rows = self._slots.of(number)
+                    sparse_lib.update_rows(self.inner, variable, gradient, rate, rows)
+                    return
+                if decay and bucket.decay:
+                    variable.assign_sub(variable * decay * rate)
+                self.inner.update_step(gradient, variable, rate)
+                constraint = bucket.entries[0].constraint
+                if constraint is not None:
+                    variable.assign(constraint(tf.convert_to_tensor(variable)))
+
+            extended.update(
+                bucket.variable, update_one, args=(gradient, rate), group=False
+            )
+        for average, bucket in zip(self.averages, self.buckets):
+            extended.update(average, self._average, args=(bucket.variable,), group=False)
+        state = self.weights.state if self.weights else []
+        for entry, value in zip(state, prepared.state):
+            if value is not None:
+                extended.update(
+                    entry.value, lambda v, new: v.assign(new), args=(value,), group=False
+                )
+        self.inner.iterations.assign_add(1)
+
+    def _average(self, average: tf.Variable, master: tf.Variable) -> None:
+        average.assign_sub((1.0 - self.ema_decay) * (average - master))
+
+    def put_back(
+        self, strategy: tf.distribute.Strategy, prepared: "gradients_lib.Prepared"
+    ) -> None:
+        """Undoes what a tf.Module assigned in place; cross-replica context."""
+        assigned = self.weights.assigned if self.weights else []
+        for entry, value in zip(assigned, prepared.snapshot):
+            strategy.extended.update(
+                entry.value, lambda v, old: v.assign(old), args=(value,), group=False
+            )
+
+    def count(
+        self, finite: tf.Tensor, active: tf.Tensor, checks: tf.Tensor, norm: tf.Tensor
+    ) -> None:
+        """Counts a step and adjusts the scale; cross-replica context."""
+        skipped = tf.cast(active & ~finite, tf.int64)
+        bad = tf.cast(~tf.math.is_finite(checks), tf.int64)
+        position = tf.argmax(bad)
+        is_nan = tf.cast(tf.math.is_nan(checks[position]), tf.int64)
+        counts = self._counts.read_value()
+        row = tf.where(active & finite, tf.zeros_like(counts[1]), counts[1] + skipped)
+        new = tf.stack([counts[0] + skipped, row, position, is_nan])
+        self._counts.assign(tf.where(skipped > 0, new, tf.stack(
+            [counts[0], row, counts[2], counts[3]])))
+        self.grad_norm.assign(tf.where(active, tf.cast(norm, tf.float32),
+                                       self.grad_norm))
+
+    def check_names(self) -> list[str]:
+        """Returns what each of the checks of a step looks at."""
+        names = [entry.name for bucket in self.buckets for entry in bucket.entries]
+        return names + ["the loss", "the sum of weights"] + [
+            entry.name for entry in (self.weights.state if self.weights else [])
+        ]
+
+    def nonfinite_report(self) -> str:
+        """Returns what was bad in the last skipped step, for `NonFiniteError`."""
+        _, row, position, is_nan = self._counts.numpy()
+        name = self.check_names()[position]
+        return (
+            f"{row} steps in a row were skipped: {'nan' if is_nan else 'inf'} in "
+            f"{name!r} at loss scale {float(self.loss_scale.value):g}"
+        )
+
+    # What checkpoints hold: one entry per variable, whatever the packing.
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict:
+        return {"loss_scale": self.loss_scale} if save_type == "checkpoint" else {}
+
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
+        return {"counts": self._counts.read_value(), **self.export_slots()}
+
+    def _restore_from_tensors(self, restored: Mapping[str, tf.Tensor]) -> None:
+        self._counts.assign(restored["counts"])
+        self._import(restored)
+
+    def export_slots(self) -> dict[str, tf.Tensor]:
+        """Returns slots and averages, one entry per variable."""
+        values = self._slots.export()
+        for bucket, average in zip(self.buckets, self.averages):
+            values.update(slots_lib.by_entry("average", bucket, average))
+        return values
+
+    def _import(self, values: Mapping[str, tf.Tensor]) -> None:
+        self._slots.restore(values)
+        for bucket, average in zip(self.buckets, self.averages):
+            slots_lib.restore_entries("average", bucket, average, values)
+
+    def rebuild(self, slots: Mapping[str, tf.Tensor]) -> None:
+        """Makes slots for the trainable variables of now, keeping old values."""
+        self.inner = type(self.inner).from_config(self.inner.get_config())
+        self.weights.build(self.inner)
+        self._build(self.weights.buckets)
+        self._import(slots)
+
+
+def _check_arguments(inner, clip_norm, ema_decay, nominal_weight) -> None:
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise errors.ConfigError(
+            f"`inner` is a {type(inner).__name__}; it must be a Keras optimizer.",
+            "Pass an instance, such as keras.optimizers.AdamW(1e-3).",
+        )
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        raise errors.ConfigError(
+            "`inner` is Keras's LossScaleOptimizer, which would scale a second time.",
+            "Pass the optimizer inside it, and the scale as `loss_scale`.",
+        )
+    if inner.built:
+        raise errors.ConfigError(
+            f"`inner` ({inner.name}) was built before.", "Pass a fresh optimizer."
+        )
+    for setting, ours in _REPLACED.items():
+        if getattr(inner, setting, None):
+            raise errors.ConfigError(
+                f"the inner optimizer sets `{setting}`, which would act on scaled or "
+                "unreduced gradients.",
+                f"Leave it unset and use {ours}.",
+            )
+    if getattr(inner, "_exclude_from_weight_decay", None) or getattr(
+        inner, "_exclude_from_weight_decay_pattern", None
+    ):
+        raise errors.ConfigError(
+            "`exclude_from_weight_decay` was called on the inner optimizer.",
+            "Name the variables in `no_decay` of MasterWeights.",
+        )
+    if clip_norm is not None and not 0 < clip_norm < float("inf"):
+        raise errors.ConfigError(
+            f"`clip_norm` ({clip_norm}) must be positive and finite.",
+            "Use a number such as 1.0, or None not to clip.",
+        )
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise errors.ConfigError(
+            f"`ema_decay` ({ema_decay}) must lie between 0 and 1.",
+            "Use a number such as 0.999, or None for no averages.",
+        )
+    if not 0 < nominal_weight < float("inf"):
+        raise errors.ConfigError(
+            f"`nominal_weight` ({nominal_weight}) must be positive and finite.",
+            "Use the global batch size, or 1.0.",
+        )
+
+
+def _host_variable(value: Any, name: str) -> tf.Variable:
+    return tf.Variable(
+        value, trainable=False, name=name,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )

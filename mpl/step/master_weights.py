@@ -1,0 +1,445 @@
+"""float32 master weights and their copies in the compute dtype."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mpl import errors
+from mpl.precision import policy as policy_lib
+from mpl.step import binding as binding_lib
+from mpl.step import remat as remat_lib
+from mpl.step import sparse as sparse_lib
+from mpl.step import state as state_lib
+
+_ROW = 128  # elements; slices of a packed bucket begin on such a row
+_MAX_BUCKET_BYTES = 32 * 2**20
+PACK_BELOW = 256 * 2**10  # bytes
+
+# Rules that treat each element alike, so that packing cannot change their result.
+ELEMENTWISE = ("SGD RMSprop Adam AdamW Adamax Nadam Adagrad Adadelta Lion Ftrl").split()
+
+
+@dataclasses.dataclass(eq=False)
+class Bucket:
+    """Variables that are cast, reduced and updated as one.
+
+    Attributes:
+      entries: the variables in it.
+      variable: their master: the model's own variable where there is one entry, else
+        a buffer `[rows, 128]`.
+      dtype: what `cast` casts to.
+      decay: whether weight decay applies.
+      multiplier: factor on the learning rate.
+      rows: rows of each entry in the buffer; None for a variable by itself.
+      sparse: whether it is a table read row by row.
+    """
+
+    entries: list[binding_lib.ModelVariable]
+    dtype: tf.DType
+    decay: bool
+    multiplier: float
+    rows: list[int] | None = None
+    sparse: bool = False
+    variable: tf.Variable | None = None
+
+    def split(self, packed: tf.Tensor | tf.Variable) -> list:
+        """Returns each entry's part of a tensor laid out like the bucket."""
+        if self.rows is None:
+            return [packed]
+        parts = tf.split(packed, self.rows)
+        slices = []
+        for part, entry in zip(parts, self.entries):
+            size = entry.value.shape.num_elements()
+            slices.append(tf.reshape(tf.reshape(part, [-1])[:size], entry.value.shape))
+        return slices
+
+    def join(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Returns the tensor whose `split` is `values`."""
+        if self.rows is None:
+            return tf.convert_to_tensor(values[0])
+        padded = []
+        for value, rows in zip(values, self.rows):
+            flat = tf.reshape(tf.convert_to_tensor(value), [-1])
+            missing = rows * _ROW - flat.shape.num_elements()
+            padded.append(tf.pad(flat, [[0, missing]]) if missing else flat)
+        return tf.reshape(tf.concat(padded, 0), [-1, _ROW])
+
+    def squares(self, gradient: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of squares of each entry's part, shape `[entries]`."""
+        squared = tf.square(gradient)
+        if self.rows is None:
+            return tf.reduce_sum(squared)[tf.newaxis]
+        of_rows = tf.reduce_sum(squared, axis=1)
+        segments = np.repeat(np.arange(len(self.rows)), self.rows).astype(np.int32)
+        return tf.math.segment_sum(of_rows, segments)
+
+
+class MasterWeights:
+    """The float32 weights of a model and their compute-dtype copies.
+
+        params = weights.cast()                      # one cast per bucket
+        with GradientTape() as tape:
+            tape.watch(params)
+            with weights.bound(params) as forward:   # the model reads params
+                loss = ...
+        gradients = weights.gradients(tape, loss, forward)
+
+    A variable of `pack_below` bytes or more is its own master. Smaller ones are packed
+    into a few buffers, so that casts, reductions and updates follow the number of
+    buckets. Variables that their layer does not autocast (normalisation, Embedding)
+    stay float32 throughout. Build it under the scope of the strategy.
+
+    Args:
+      model: a built Keras model or layer, or a `tf.Module` (Sonnet included).
+      policy: a `Policy` or its name.
+      pack_below: bytes from which a variable is its own bucket.
+      sparse: patterns (`re.search` on the name) of further Embedding tables to update
+        row by row; an Embedding of `pack_below` bytes always is. None: none is.
+      no_decay: patterns of variables without weight decay.
+      lr_multipliers: from pattern to factor on the learning rate; the first that
+        matches counts.
+
+    Raises:
+      ConfigError: if the model has no variables, a pattern matches none, or the
+        variables belong to another strategy.
+
+    Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.1,
+      https://arxiv.org/abs/1710.03740
+    """
+
+    def __init__(
+        self,
+        model: tf.Module | keras.layers.Layer,
+        policy: policy_lib.Policy | str,
+        *,
+        pack_below: int = PACK_BELOW,
+        sparse: Sequence[str] | None = (),
+        no_decay: Sequence[str] = (),
+        lr_multipliers: Mapping[str, float] | None = None,
+    ):
+        self.model = model
+        self.policy = policy_lib.get_policy(policy)
+        self.buckets: list[Bucket] = []
+        self._pack_below = pack_below
+        self._sparse = sparse
+        self._no_decay = tuple(no_decay)
+        self._lr_multipliers = dict(lr_multipliers or {})
+        self._attached: list[Any] = []
+        self._inspect()
+
+    def _inspect(self) -> None:
+        self._binding = binding_lib.Binding(self.model)
+        names = [entry.name for entry in self.entries]
+        patterns = {"sparse": self._sparse or (), "no_decay": self._no_decay,
+                    "lr_multipliers": self._lr_multipliers}
+        for argument, given in patterns.items():
+            for pattern in given:
+                if not any(re.search(pattern, name) for name in names):
+                    raise errors.ConfigError(
+                        f"`{argument}` has the pattern {pattern!r}, which matches no "
+                        "trainable variable.",
+                        f"The variables are: {', '.join(names[:20])}"
+                        f"{' …' if len(names) > 20 else ''}.",
+                    )
+        extended = tf.distribute.get_strategy().extended
+        for entry in self.entries:
+            if not extended.variable_created_in_scope(entry.value):
+                raise errors.ConfigError(
+                    f"`{entry.name}` was created outside the current strategy "
+                    f"({type(tf.distribute.get_strategy()).__name__}).",
+                    "Build the model, MasterWeights and the optimizer inside one "
+                    "`with strategy.scope():`.",
+                )
+
+    @property
+    def entries(self) -> list[binding_lib.ModelVariable]:
+        """The trainable variables, in creation order."""
+        return self._binding.trainable
+
+    @property
+    def state(self) -> list[binding_lib.ModelVariable]:
+        """The non-trainable Keras variables that a forward pass may write."""
+        return self._binding.state
+
+    @property
+    def assigned(self) -> list[binding_lib.ModelVariable]:
+        """The non-trainable variables that a tf.Module assigns in place."""
+        return self._binding.assigned
+
+    def build(self, inner: keras.optimizers.Optimizer | None = None) -> None:
+        """Groups the variables into buckets and makes the packed buffers.
+
+        Args:
+          inner: the optimizer that will update them; unless its rule is elementwise
+            every variable keeps its true shape.
+        """
+        packs = inner is None or (
+            type(inner).__name__ in ELEMENTWISE
+            and isinstance(inner, getattr(keras.optimizers, type(inner).__name__))
+        )
+        self.buckets = []
+        open_buckets: dict[tuple, Bucket] = {}
+        for entry in reversed(self.entries):
+            sparse = self._is_sparse(entry)
+            decay = not any(re.search(p, entry.name) for p in self._no_decay)
+            multiplier = next(
+                (float(factor) for pattern, factor in self._lr_multipliers.items()
+                 if re.search(pattern, entry.name)), 1.0)
+            dtype = entry.value.dtype if sparse else self._compute_dtype(entry)
+            alone = (sparse or not packs or entry.num_bytes >= self._pack_below
+                     or entry.constraint is not None)
+            if alone:
+                bucket = Bucket([entry], dtype, decay, multiplier, sparse=sparse,
+                                variable=entry.value)
+                self.buckets.append(bucket)
+                continue
+            group = (entry.value.dtype, dtype, decay, multiplier)
+            rows = -(-entry.value.shape.num_elements() // _ROW)
+            bucket = open_buckets.get(group)
+            if bucket is None or (
+                (sum(bucket.rows) + rows) * _ROW * entry.value.dtype.size
+                > _MAX_BUCKET_BYTES
+            ):
+                bucket = Bucket([], dtype, decay, multiplier, rows=[])
+                open_buckets[group] = bucket
+                self.buckets.append(bucket)
+            bucket.entries.append(entry)
+            bucket.rows.append(rows)
+        for number, bucket in enumerate(self.buckets):
+            if bucket.rows is not None:
+                values = [entry.value for entry in bucket.entries]
+                bucket.variable = tf.Variable(
+                    bucket.join(values), trainable=False, name=f"bucket_{number}"
+                )
+
+    def _compute_dtype(self, entry: binding_lib.ModelVariable) -> tf.DType:
+        master, compute = entry.value.dtype, self.policy.compute_dtype
+        if compute is None or not master.is_floating or not entry.autocast:
+            return master
+        if entry.owner is not None and entry.owner.compute_dtype != compute.name:
+            return master
+        return compute
+
+    def _is_sparse(self, entry: binding_lib.ModelVariable) -> bool:
+        if self._sparse is None:
+            return False
+        named = any(re.search(pattern, entry.name) for pattern in self._sparse)
+        table = type(entry.owner) is keras.layers.Embedding
+        if named and not table:
+            raise errors.ConfigError(
+                f"`sparse` names {entry.name!r}, which is no keras.layers.Embedding's.",
+                "Only Embedding tables are updated row by row.",
+            )
+        return table and (named or entry.num_bytes >= self._pack_below)
+
+    def attach(self, optimizer: Any) -> None:
+        """Remembers an optimizer whose slots `rebuild` must carry over."""
+        self._attached.append(optimizer)
+
+    def rebuild(self) -> None:
+        """Looks at the model anew, after layers were frozen or unfrozen.
+
+        Slots and averages of variables that stay are kept. Step functions traced
+        before must be traced again.
+        """
+        self.publish()
+        saved = [optimizer.export_slots() for optimizer in self._attached]
+        self._inspect()
+        if not self._attached:
+            self.build()
+        for optimizer, slots in zip(self._attached, saved):
+            optimizer.rebuild(slots)
+
+    def cast(self, values: Sequence[tf.Variable] | None = None) -> list:
+        """Returns the parameters in the compute dtype, one tensor a bucket.
+
+        Args:
+          values: other values laid out like the masters, such as an optimizer's
+            `averages`; the masters by default.
+
+        Returns:
+          Tensors; a sparse table's place holds its tf.Variable.
+        """
+        self._require_built()
+        values = values or [bucket.variable for bucket in self.buckets]
+        return [
+            value if bucket.sparse else tf.cast(tf.convert_to_tensor(value), bucket.dtype)
+            for value, bucket in zip(values, self.buckets)
+        ]
+
+    def _require_built(self) -> None:
+        if not self.buckets:
+            raise errors.ConfigError(
+                "`MasterWeights` has no buckets yet.",
+                "Pass it to LossScaleOptimizer(weights=...), or call `build()` to "
+                "evaluate without an optimizer.",
+            )
+
+    @contextlib.contextmanager
+    def bound(
+        self, params: Sequence[Any], state: Sequence[tf.Tensor] | None = None
+    ) -> Iterator[state_lib.Forward]:
+        """The model reads `params` for the time of the `with`.
+
+        Args:
+          params: from `cast`, one a bucket; slicing happens here, so watch them first.
+          state: values to begin with, one for each of `self.state`; the variables'
+            own by default. `accumulate` hands them from one micro-batch to the next.
+
+        Yields:
+          The `Forward` that `LossScaleOptimizer` reads.
+
+        Raises:
+          ConfigError: if the trainable set changed since `build`, or the forward pass
+            writes what the step cannot carry.
+        """
+        self._require_built()
+        self._require_same_trainables()
+        forward = state_lib.Forward(list(params), [])
+        for bucket, param in zip(self.buckets, params):
+            forward.slices.extend(bucket.split(param))
+        forward.snapshot = self.snapshot()
+        updates = []
+        for number, entry in enumerate(self.state):
+            if state is not None or entry.is_seed:
+                value = entry.value.read_value() if state is None else state[number]
+                updates.append((entry.keras_variable, self._fold(entry, value, 1)))
+        with self.rebound(forward.slices, updates) as scope:
+            with remat_lib.within(self, scope, forward.slices):
+                yield forward
+        forward.penalties = list(scope.losses)
+        forward.state = self._state_after(scope, state)
+
+    def rebound(
+        self, slices: Sequence[Any], state: Sequence[tuple[keras.Variable, tf.Tensor]]
+    ) -> contextlib.AbstractContextManager:
+        """Binds each variable to its slice, and Keras state to given values."""
+        tensors, updates, calls = {}, list(state), []
+        tables = {id(b.entries[0]) for b in self.buckets if b.sparse}
+        for entry, tensor in zip(self._order(), slices):
+            if id(entry) in tables:
+                calls.append((entry.owner, sparse_lib.lookup(entry.owner, tensor)))
+            elif entry.keras_variable is not None:
+                updates.append((entry.keras_variable, tensor))
+            else:
+                tensors[id(entry.value)] = tensor
+        return self._binding.scope(tensors, updates, calls)
+
+    def _order(self) -> list[binding_lib.ModelVariable]:
+        return [entry for bucket in self.buckets for entry in bucket.entries]
+
+    def _require_same_trainables(self) -> None:
+        now = {id(value) for value in self._binding.trainable_now()}
+        changed = [e.name for e in self.entries if id(e.value) not in now]
+        if changed or len(now) != len(self.entries):
+            raise errors.ConfigError(
+                "the trainable variables changed since the weights were built: "
+                f"{changed[0] if changed else 'new ones appeared'}.",
+                "Call `weights.rebuild()` after freezing or unfreezing layers.",
+            )
+
+    def snapshot(self) -> list[tf.Tensor]:
+        """Returns what the variables in `assigned` hold now."""
+        return [entry.value.read_value() for entry in self.assigned]
+
+    def initial_state(self) -> list[tf.Tensor]:
+        """Returns what the variables in `state` hold now."""
+        return [entry.value.read_value() for entry in self.state]
+
+    def _fold(
+        self, entry: binding_lib.ModelVariable, value: tf.Tensor, sign: int
+    ) -> tf.Tensor:
+        """Adds the replica's id to a seed (sign 1), or takes it off again (-1)."""
+        context = tf.distribute.get_replica_context()
+        if not entry.is_seed or context is None or context.num_replicas_in_sync == 1:
+            return value
+        # An odd constant spreads small ids over all 32 bits; unsigned sums wrap.
+        offset = tf.cast(context.replica_id_in_sync_group, value.dtype)
+        offset = tf.stack([offset * 0x9E3779B1, tf.zeros_like(offset)])
+        return value + offset if sign > 0 else value - offset
+
+    def _state_after(
+        self, scope: Any, before: Sequence[tf.Tensor] | None
+    ) -> list[tf.Tensor | None]:
+        after = []
+        for number, entry in enumerate(self.state):
+            value = scope.get_current_value(entry.keras_variable)
+            if value is not None:
+                value = self._fold(entry, tf.cast(value, entry.value.dtype), -1)
+            elif before is not None:
+                value = before[number]
+            after.append(value)
+        return after
+
+    def gradients(
+        self, tape: tf.GradientTape, scaled_loss: tf.Tensor, forward: state_lib.Forward
+    ) -> list[tf.Tensor | tf.IndexedSlices]:
+        """Returns the gradient of each bucket, after checking each variable's.
+
+        Args:
+          tape: the tape, which watched the params before `bound`.
+          scaled_loss: scalar from `LossScaleOptimizer.scale_loss`.
+          forward: what `bound` yielded.
+
+        Returns:
+          Tensors like `forward.params`; a sparse table's is tf.IndexedSlices.
+
+        Raises:
+          ConfigError: if a variable has no gradient, or the tape saw a trainable
+            variable that is not the model's.
+        """
+        tables = {id(bucket.variable) for bucket in self.buckets if bucket.sparse}
+        tables |= {v.ref() for b in self.buckets if b.sparse
+                   for v in tf.distribute.get_strategy()
+                   .experimental_local_results(b.variable)}
+        strangers = [v.name for v in tape.watched_variables()
+                     if id(v) not in tables and v.ref() not in tables]
+        if strangers:
+            raise errors.ConfigError(
+                f"the loss reads {strangers[0]!r}, a trainable variable outside the "
+                "model; it would never be updated.",
+                "Make it an attribute of the model, or create it with trainable=False.",
+            )
+        of_params, of_slices = tape.gradient(
+            scaled_loss, (forward.params, forward.slices)
+        )
+        for entry, gradient in zip(self._order(), of_slices):
+            if gradient is None:
+                raise errors.ConfigError(
+                    f"{entry.name!r} has no gradient: the loss does not depend on it.",
+                    "Use it in the forward pass, or freeze its layer "
+                    "(layer.trainable = False) before the weights are built.",
+                )
+        for bucket, gradient in zip(self.buckets, of_params):
+            if bucket.sparse and not isinstance(gradient, tf.IndexedSlices):
+                raise errors.ConfigError(
+                    f"{bucket.entries[0].name!r} is updated row by row but also read "
+                    "as a whole (tied weights?).",
+                    "Pass `sparse=None` to MasterWeights.",
+                )
+        return of_params
+
+    def publish(self) -> None:
+        """Writes the packed masters back into the model's variables."""
+        self._require_built()
+        for bucket in self.buckets:
+            if bucket.rows is not None:
+                for entry, value in zip(
+                    bucket.entries, bucket.split(tf.convert_to_tensor(bucket.variable))
+                ):
+                    entry.value.assign(value)
+
+    def adopt(self) -> None:
+        """Reads the packed masters from the model's variables: publish's inverse."""
+        self._require_built()
+        for bucket in self.buckets:
+            if bucket.rows is not None:
+                values = [entry.value for entry in bucket.entries]
+                bucket.variable.assign(bucket.join(values))
+

@@ -1,0 +1,83 @@
+"""Keras metrics and the mean loss, kept on the device between reports."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from mpl import errors
+from mpl.step import state as state_lib
+
+
+class Metrics(tf.Module):
+    """Named Keras metrics beside the weighted mean loss.
+
+    Build it under the scope of the strategy; update it in replica context.
+
+    Args:
+      metrics: from name to an unused `keras.metrics.Metric`.
+    """
+
+    def __init__(self, metrics: Mapping[str, keras.metrics.Metric] | None = None):
+        super().__init__(name="metrics")
+        self.metrics = dict(metrics or {})
+        if "loss" in self.metrics:
+            raise errors.ConfigError(
+                "`metrics()` names a metric 'loss', which mpl reports itself.",
+                "Give the metric another name.",
+            )
+        self.loss = keras.metrics.Mean("loss")
+
+    def update(
+        self, output: state_lib.LossOutput, forward: state_lib.Forward | None = None
+    ) -> None:
+        """Adds a batch; a skipped step and examples of weight 0 count nothing.
+
+        Args:
+          output: what the loss returned.
+          forward: the training step's, after `apply`; None in evaluation.
+        """
+        losses = tf.convert_to_tensor(output.per_example)
+        weights = tf.ones_like(losses) if output.weights is None else output.weights
+        weights = tf.cast(weights, losses.dtype)
+        if forward is not None:
+            keep = forward.finite
+            losses, weights = _if_finite(keep, losses), _if_finite(keep, weights)
+        self.loss.update_state(losses, sample_weight=weights)
+        for name, metric in self.metrics.items():
+            values = output.outputs
+            if isinstance(values, Mapping):
+                if name not in values:
+                    raise errors.ConfigError(
+                        f"`outputs` of the loss has no entry for the metric {name!r}.",
+                        f"Add one; it has {sorted(values)}.",
+                    )
+                values = values[name]
+            if values is None:
+                raise errors.ConfigError(
+                    f"the metric {name!r} has nothing to read.",
+                    "Return `LossOutput(..., outputs=(labels, predictions))`.",
+                )
+            values = values if isinstance(values, (tuple, list)) else (values,)
+            if forward is not None:
+                values = [_if_finite(forward.finite, value) for value in values]
+            metric.update_state(*values, sample_weight=weights)
+
+    def result(self) -> dict[str, tf.Tensor]:
+        """Returns the values since the last reset by name; "loss" comes first."""
+        results = {"loss": self.loss.result()}
+        for name, metric in self.metrics.items():
+            results[name] = metric.result()
+        return results
+
+    def reset(self) -> None:
+        """Begins anew."""
+        for metric in (self.loss, *self.metrics.values()):
+            metric.reset_state()
+
+
+def _if_finite(finite: tf.Tensor, value: Any) -> tf.Tensor:
+    """Returns `value`, or zeros where the step was skipped (0 × NaN is NaN)."""
+    value = tf.convert_to_tensor(value)
+    return tf.where(finite, value, tf.zeros_like(value))
