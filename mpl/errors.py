@@ -5,13 +5,26 @@ it breaks; `remedy` says what to write instead. Both are lines of the message.
 """
 
 
-class _TwoLines(Exception):
+class _Joining(type):
+    def __call__(cls, *lines: str) -> Exception:
+        return super().__call__("\n".join(lines))
+
+
+class _TwoLines(Exception, metaclass=_Joining):
     """An error whose message is a line of cause and a line of remedy."""
 
-    def __init__(self, cause: str, remedy: str):
-        super().__init__(f"{cause}\n{remedy}")
-        self.cause = cause
-        self.remedy = remedy
+    # AutoGraph and Keras raise an error of user code anew, as type(error)(message),
+    # and AutoGraph only where __init__ is Exception's own: so no __init__ here, and
+    # one argument.
+    __init__ = Exception.__init__
+
+    @property
+    def cause(self) -> str:
+        return str(self).rpartition("\n")[0]
+
+    @property
+    def remedy(self) -> str:
+        return str(self).rpartition("\n")[2]
 
 
 class ConfigError(_TwoLines, ValueError):
@@ -28,3 +41,14 @@ class ClusterError(_TwoLines, RuntimeError):
 
 class NonFiniteError(_TwoLines, ArithmeticError):
     """Too many steps in a row had an infinite or undefined gradient, loss or state."""
+
+
+def two_lines(error: BaseException) -> str:
+    """Returns cause and remedy, without what AutoGraph and Keras wrote around them."""
+    inner: BaseException | None = error
+    message = str(error)
+    while inner is not None:
+        if isinstance(inner, _TwoLines):
+            message = str(inner)
+        inner = inner.__cause__ or inner.__context__
+    return message

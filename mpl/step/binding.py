@@ -10,6 +10,7 @@ state) and `_autocast` (tells a float32 island). A canary test watches all three
 import collections.abc
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 import threading
@@ -69,6 +70,7 @@ class Binding:
       trainable: variables that take part in training, in creation order.
       state: non-trainable Keras variables that a forward pass may write.
       assigned: non-trainable variables of tf.Modules, which assign them in place.
+      frozen: weights of Keras layers that do not train.
     """
 
     def __init__(self, model: tf.Module | keras.layers.Layer):
@@ -77,6 +79,7 @@ class Binding:
         self.trainable: list[ModelVariable] = []
         self.state: list[ModelVariable] = []
         self.assigned: list[ModelVariable] = []
+        self.frozen: list[tf.Variable] = []
         self._loans: list[tuple[dict, str]] = []
         modules, layers = _find_parts(model)
         for path, layer in layers:
@@ -120,12 +123,20 @@ class Binding:
             )
             if id(variable) in trainable:
                 self.trainable.append(entry)
-            elif not of:  # not a frozen weight
+            elif of:
+                self.frozen.append(entry.value)
+            else:
                 self.state.append(entry)
 
-    def trainable_now(self) -> list[tf.Variable]:
-        """Returns the model's trainable variables as they are at this moment."""
-        return [entry.value for entry in Binding(self._model).trainable]
+    def changed(self) -> str | None:
+        """Returns what differs now in the model's trainable set, or None."""
+        if self._lender is not None:
+            return None  # attributes are tensors now; it was checked before
+        now = {id(entry.value): entry.name for entry in Binding(self._model).trainable}
+        then = {id(entry.value): entry.name for entry in self.trainable}
+        gone = [f"{then[key]!r} went" for key in then if key not in now]
+        come = [f"{now[key]!r} came" for key in now if key not in then]
+        return (gone + come or [None])[0]
 
     def layers(self) -> list[keras.layers.Layer]:
         """Returns every Keras layer of the model, nested ones too."""
@@ -243,20 +254,18 @@ def _calling_layer() -> str:
 
 
 def _collective_of(thread: int) -> str:
-    """Returns where another thread waits, as `name (file:line)` of its own code."""
+    """Returns what another thread waits for, as `all_reduce in replica_step`."""
     frame = sys._current_frames().get(thread)
-    if frame is None:
-        return "unknown"
-    package = tf.__path__[0]
-    stack = [f for f in traceback.extract_stack(frame)]
-    for number in range(len(stack) - 1, 0, -1):
-        if not stack[number].filename.startswith(package) and "threading" not in (
-            stack[number].filename
-        ):
-            inner = stack[min(number + 1, len(stack) - 1)]
-            where = stack[number]
-            return f"{inner.name} ({where.filename}:{where.lineno})"
-    return stack[-1].name
+    stack = traceback.extract_stack(frame) if frame else []
+    library = ("tensorflow", "threading.py", "contextlib.py")
+    name = "unknown"
+    for part in reversed(stack):
+        path = part.filename.split(os.sep)
+        if "distribute" in path:
+            name = part.name
+        elif not any(word in path for word in library):
+            return f"{name} in {part.name.removeprefix('tf__')}"  # AutoGraph's prefix
+    return name
 
 
 def _find_parts(root: Any) -> tuple[list, list]:

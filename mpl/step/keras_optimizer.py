@@ -42,9 +42,9 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
     def __call__(self, step):
         """Returns the float32 learning rate of an update."""
         step = tf.cast(step, tf.float32)
-        rate = self.peak * tf.minimum(1.0, step / max(self.warmup_steps, 0.5))
-        if not self.warmup_steps:
-            rate = tf.constant(self.peak, tf.float32)
+        rate = tf.constant(self.peak, tf.float32)
+        if self.warmup_steps:
+            rate *= tf.minimum(1.0, step / self.warmup_steps)
         decay_steps = max(self.train_steps - self.warmup_steps, 1)
         progress = (step - self.warmup_steps) / decay_steps
         progress = tf.clip_by_value(progress, 0.0, 1.0)
@@ -96,13 +96,14 @@ def make_optimizer(
     Raises:
         ConfigError: an unknown name, schedule or argument, or a wrong number.
     """
-    optimizer_class = _known_optimizers().get(str(name).lower())
-    optimizer_class = optimizer_class or keras.saving.get_registered_object(name)
+    known = _known_optimizers()
+    registered = keras.saving.get_registered_object(name)
+    optimizer_class = known.get(str(name).lower(), registered)
     if optimizer_class is None:
-        known = sorted(c.__name__ for c in _known_optimizers().values())
+        names = sorted(known_class.__name__ for known_class in known.values())
         raise ConfigError(
             f"`optimizer` ({name}) is not a Keras optimizer.",
-            f"Use one of {', '.join(known)}, in any case.",
+            f"Use one of {', '.join(names)}, in any case.",
         )
     if lr_schedule not in _SCHEDULES:
         raise ConfigError(

@@ -335,12 +335,10 @@ class MasterWeights:
         return [entry for bucket in self.buckets for entry in bucket.entries]
 
     def _require_same_trainables(self) -> None:
-        now = {id(value) for value in self._binding.trainable_now()}
-        changed = [e.name for e in self.entries if id(e.value) not in now]
-        if changed or len(now) != len(self.entries):
+        changed = self._binding.changed()
+        if changed:
             raise errors.ConfigError(
-                "the trainable variables changed since the weights were built: "
-                f"{changed[0] if changed else 'new ones appeared'}.",
+                f"the trainable variables changed since the weights were built: {changed}.",
                 "Call `weights.rebuild()` after freezing or unfreezing layers.",
             )
 
@@ -394,12 +392,12 @@ class MasterWeights:
           ConfigError: if a variable has no gradient, or the tape saw a trainable
             variable that is not the model's.
         """
-        tables = {id(bucket.variable) for bucket in self.buckets if bucket.sparse}
-        tables |= {v.ref() for b in self.buckets if b.sparse
-                   for v in tf.distribute.get_strategy()
-                   .experimental_local_results(b.variable)}
-        strangers = [v.name for v in tape.watched_variables()
-                     if id(v) not in tables and v.ref() not in tables]
+        local = tf.distribute.get_strategy().experimental_local_results
+        own = [bucket.variable for bucket in self.buckets if bucket.sparse]
+        own += self._binding.frozen
+        own_refs = {copy.ref() for variable in own for copy in local(variable)}
+        own_refs |= {variable.ref() for variable in own}
+        strangers = [v.name for v in tape.watched_variables() if v.ref() not in own_refs]
         if strangers:
             raise errors.ConfigError(
                 f"the loss reads {strangers[0]!r}, a trainable variable outside the "

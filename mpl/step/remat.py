@@ -55,7 +55,7 @@ def remat(function: Callable) -> Callable:
         flat_args = tf.nest.flatten(args)
         slices = [[x for x in own if tf.is_tensor(x)] for _, _, own in bindings]
         inputs = [tf.convert_to_tensor(x) for x in tf.nest.flatten((flat_args, slices))]
-        after: list[dict] = []
+        after: list[list] = []
 
         # One trace serves both passes: in the backward pass Keras would no longer know
         # whether it is training.
@@ -64,7 +64,7 @@ def remat(function: Callable) -> Callable:
             own_args, own_slices = tf.nest.pack_sequence_as((args, slices), inputs)
             with contextlib.ExitStack() as stack:
                 scopes = [
-                    stack.enter_context(weights.rebound(own, list(state.items())))
+                    stack.enter_context(weights.rebound(own, state))
                     for (weights, _, _), own, state in zip(bindings, own_slices, before)
                 ]
                 outputs = function(*own_args, **kwargs)
@@ -74,7 +74,7 @@ def remat(function: Callable) -> Callable:
                     "Add the loss outside the part that is recomputed.",
                 )
             after[:] = [_written(w, s) for (w, _, _), s in zip(bindings, scopes)]
-            return outputs, [list(state.values()) for state in after]
+            return outputs, [[value for _, value in state] for state in after]
 
         states: list[list[tf.Tensor]] = []
 
@@ -102,18 +102,18 @@ def remat(function: Callable) -> Callable:
 
         outputs = forward(*inputs)
         for (_, scope, _), state, values in zip(bindings, after, states):
-            for update in zip(state, values):
-                scope.add_update(update)
+            for (variable, _), value in zip(state, values):
+                scope.add_update((variable, value))
         return outputs
 
     return recomputed
 
 
-def _written(weights: Any, scope: Any) -> dict[keras.Variable, tf.Tensor]:
+def _written(weights: Any, scope: Any) -> list[tuple[keras.Variable, tf.Tensor]]:
     """Returns the state that has a value of its own in `scope`."""
-    written = [entry.keras_variable for entry in weights.state]
-    values = {variable: scope.get_current_value(variable) for variable in written}
-    return {key: value for key, value in values.items() if value is not None}
+    variables = [entry.keras_variable for entry in weights.state]
+    pairs = [(variable, scope.get_current_value(variable)) for variable in variables]
+    return [pair for pair in pairs if pair[1] is not None]
 
 
 @keras.saving.register_keras_serializable(package="mpl")
