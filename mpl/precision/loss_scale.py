@@ -1,18 +1,18 @@
 """Loss scales: one factor that keeps small gradients from vanishing in float16."""
 
-import numbers
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 
 from mpl.errors import ConfigError
-from mpl.precision.cast import is_floating
+from mpl.precision.cast import map_floating
 from mpl.precision.policy import Policy, get_policy
 
 # Between these a scale and its reciprocal are normal float32 numbers.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
-_NORMAL = "in [2**-126, 2**126]"
-_MAX_SHARERS = 62  # bits of an int64 mask
+
+Flag: TypeAlias = tf.Tensor | bool
 
 
 class LossScale(tf.Module):
@@ -31,22 +31,20 @@ class LossScale(tf.Module):
     """
 
     is_dynamic = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._num_sharers = 0
-        self._shared = False
+    _value: Any  # float or tf.Variable
+    _num_sharers = 0
+    _in_use = False
 
     @property
     def value(self) -> tf.Tensor:
         """The scale now: a float32 scalar."""
-        raise NotImplementedError
+        return tf.convert_to_tensor(self._value)
 
     def scale(self, tree: Any, value: tf.Tensor | None = None) -> Any:
         """Multiplies the floating leaves of a nest by the scale.
 
         Args:
-            tree: a nest of tensors, variables, arrays, IndexedSlices or floats.
+            tree: a nest of tensors, IndexedSlices, variables, arrays or floats.
                 Leaves that are not floating pass.
             value: the scale as read at the start of the step; read now by default.
 
@@ -61,7 +59,7 @@ class LossScale(tf.Module):
         value = self.value if value is None else value
         return _multiply(tree, 1.0 / tf.cast(value, tf.float32))
 
-    def adjust(self, finite: tf.Tensor | bool, active: tf.Tensor | bool = True) -> None:
+    def adjust(self, finite: Flag, active: Flag = True) -> None:
         """Ends a step: moves a dynamic scale by its rule, and no other.
 
         Call it in cross-replica context or without a strategy.
@@ -80,21 +78,13 @@ class LossScale(tf.Module):
         Raises:
             ConfigError: steps have already used the scale.
         """
-        if self._shared or self._num_sharers == _MAX_SHARERS:
-            raise ConfigError(
-                f"This loss scale already serves the steps of {self._num_sharers} "
-                "optimizer(s) and cannot take another.",
-                "Make a new loss scale, or make all optimizers before the first step.",
-            )
+        if self._in_use:
+            cause = f"A loss scale in use by {self._num_sharers} cannot take another."
+            raise ConfigError(cause, "Make all optimizers before the first step.")
         self._num_sharers += 1
         return self._num_sharers - 1
 
-    def adjust_shared(
-        self,
-        index: int,
-        finite: tf.Tensor | bool,
-        active: tf.Tensor | bool = True,
-    ) -> None:
+    def adjust_shared(self, index: int, finite: Flag, active: Flag = True) -> None:
         """Ends one optimizer's part of a step; the last one's adjusts the scale.
 
         The scale is adjusted once all registered optimizers have contributed, on
@@ -117,13 +107,8 @@ class StaticLossScale(LossScale):
 
     def __init__(self, value: float):
         super().__init__()
-        _check("value", value, _NORMAL, lambda x: _SMALLEST <= x <= _LARGEST)
+        _check("value", value, _SMALLEST, _LARGEST)
         self._value = float(value)
-
-    @property
-    def value(self) -> tf.Tensor:
-        """The scale: a float32 scalar."""
-        return tf.constant(self._value, tf.float32)
 
 
 class NoLossScale(StaticLossScale):
@@ -184,42 +169,26 @@ class DynamicLossScale(LossScale):
         hysteresis: int = 1,
     ):
         super().__init__()
-        for name, value in (("minimum", minimum), ("maximum", maximum)):
-            _check(name, value, _NORMAL, lambda x: _SMALLEST <= x <= _LARGEST)
-        bounds = f"in [minimum, maximum], here [{minimum}, {maximum}]"
-        _check("initial", initial, bounds, lambda x: minimum <= x <= maximum)
-        _check("factor", factor, "above 1 and finite", lambda x: 1 < x < float("inf"))
-        _check("backoff", backoff, "between 0 and 1", lambda x: 0 < x < 1)
-        for name, count in (("period", period), ("hysteresis", hysteresis)):
-            _check(name, count, "an integer of at least 1", lambda x: x >= 1, int)
-        self.period, self.hysteresis = int(period), int(hysteresis)
-        self.factor, self.backoff = float(factor), float(backoff)
+        _check("minimum", minimum, _SMALLEST, _LARGEST)
+        _check("maximum", maximum, _SMALLEST, _LARGEST)
+        _check("initial", initial, minimum, maximum)
+        _check("factor", factor, 1 + 2.0**-23, _LARGEST)
+        _check("backoff", backoff, _SMALLEST, 1 - 2.0**-24)
+        _check("period", period, 1, 2**31, int)
+        _check("hysteresis", hysteresis, 1, 2**31, int)
         self.minimum, self.maximum = float(minimum), float(maximum)
+        self.factor, self.backoff = float(factor), float(backoff)
+        self.period, self.hysteresis = period, hysteresis
+        # int64, not int32: TensorFlow keeps int32 variables off the GPU, where a
+        # compiled step could not reach them.
+        self._value = _variable(np.float32(initial), "scale")
+        self.good_steps = _variable(np.int64(0), "good_steps")
+        self.bad_steps = _variable(np.int64(0), "bad_steps")
+        # Of a round of sharers: bit mask of who contributed, active parts, bad ones.
+        self._round = _variable(np.zeros(3, np.int64), "round")
 
-        def variable(value, dtype, name):
-            # int64, not int32: TensorFlow keeps int32 variables off the GPU, where a
-            # compiled step could not reach them.
-            first = tf.VariableAggregation.ONLY_FIRST_REPLICA
-            return tf.Variable(
-                value, trainable=False, dtype=dtype, name=name, aggregation=first
-            )
-
-        self._scale = variable(initial, tf.float32, "scale")
-        self.good_steps = variable(0, tf.int64, "good_steps")
-        self.bad_steps = variable(0, tf.int64, "bad_steps")
-        self._contributed = variable(0, tf.int64, "contributed")
-        self._all_finite = variable(True, tf.bool, "all_finite")
-        self._any_active = variable(False, tf.bool, "any_active")
-
-    @property
-    def value(self) -> tf.Tensor:
-        """The scale now: a float32 scalar."""
-        return self._scale.read_value()
-
-    def next_state(
-        self, scale: tf.Tensor, good: tf.Tensor, bad: tf.Tensor, finite: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Applies the rule of the class to (scale, good_steps, bad_steps).
+    def next_state(self, finite: Flag, scale: Any, good: Any, bad: Any) -> tuple:
+        """Returns (scale, good_steps, bad_steps) after a step, by the class's rule.
 
         A pure, elementwise function: tensors may have any shape.
         """
@@ -232,43 +201,37 @@ class DynamicLossScale(LossScale):
         scale = tf.clip_by_value(scale, self.minimum, self.maximum)
         return scale, tf.where(grow, zero, good), tf.where(grow, zero, bad)
 
-    def adjust(self, finite: tf.Tensor | bool, active: tf.Tensor | bool = True) -> None:
+    def adjust(self, finite: Flag, active: Flag = True) -> None:
         """Moves the scale by the rule of the class (see `LossScale.adjust`)."""
         # Branchless: a collective or a host round trip may not hang on the flag.
-        state = self._scale, self.good_steps, self.bad_steps
+        state = self._value, self.good_steps, self.bad_steps
         old = [variable.read_value() for variable in state]
-        for variable, before, after in zip(state, old, self.next_state(*old, finite)):
+        for variable, before, after in zip(state, old, self.next_state(finite, *old)):
             variable.assign(tf.where(active, after, before))
 
-    def adjust_shared(
-        self,
-        index: int,
-        finite: tf.Tensor | bool,
-        active: tf.Tensor | bool = True,
-    ) -> None:
+    def adjust_shared(self, index: int, finite: Flag, active: Flag = True) -> None:
         """Adjusts once all have contributed (see `LossScale.adjust_shared`)."""
-        self._shared = True
-        if self._num_sharers == 1:
+        self._in_use = True
+        if self._num_sharers < 2:
             return self.adjust(finite, active)
-        assert 0 <= index < self._num_sharers, "index comes from `register`"
-        active = tf.cast(active, tf.bool)
-        seen = tf.bitwise.bitwise_or(self._contributed.read_value(), 1 << index)
-        ok = self._all_finite.read_value() & (tf.cast(finite, tf.bool) | ~active)
-        some = self._any_active.read_value() | active
-        last = tf.equal(seen, (1 << self._num_sharers) - 1)
-        self.adjust(ok, last & some)
-        self._contributed.assign(tf.where(last, tf.zeros_like(seen), seen))
-        self._all_finite.assign(ok | last)
-        self._any_active.assign(some & ~last)
+        finite, active = tf.cast(finite, tf.bool), tf.cast(active, tf.bool)
+        who, num_active, num_bad = tf.unstack(self._round.read_value())
+        who = tf.bitwise.bitwise_or(who, 1 << index)
+        num_active += tf.cast(active, tf.int64)
+        num_bad += tf.cast(active & ~finite, tf.int64)
+        last = tf.equal(who, (1 << self._num_sharers) - 1)
+        self.adjust(num_bad < 1, last & (num_active > 0))
+        counted = tf.stack([who, num_active, num_bad])
+        self._round.assign(tf.where(last, tf.zeros_like(counted), counted))
 
 
-def get_loss_scale(name: str | float | LossScale, policy: Policy) -> LossScale:
+def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
     """Makes a loss scale from its name.
 
     Args:
         name: `auto` (dynamic where the policy or an override computes in float16,
             else none), `none`, `dynamic`, a number, or a loss scale.
-        policy: the policy that `auto` looks at.
+        policy: the policy that `auto` looks at; without one, `auto` is none.
 
     Raises:
         ConfigError: the name is none of these.
@@ -276,42 +239,36 @@ def get_loss_scale(name: str | float | LossScale, policy: Policy) -> LossScale:
     if isinstance(name, LossScale):
         return name
     if name == "auto":
-        policies = [policy] + [get_policy(other) for _, other in policy.overrides]
-        float16 = any(each.compute_dtype == tf.float16 for each in policies)
+        names = [policy.name, *dict(policy.overrides).values()] if policy else []
+        float16 = [n for n in names if get_policy(n).compute_dtype == tf.float16]
         name = "dynamic" if float16 else "none"
-    if name == "none":
-        return NoLossScale()
-    if name == "dynamic":
-        return DynamicLossScale()
+    makers = {"none": NoLossScale, "dynamic": DynamicLossScale}
     try:
-        return StaticLossScale(float(name))
+        return makers[name]() if name in makers else StaticLossScale(float(name))
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"`loss_scale` ({name}) must be auto, none, dynamic or a number in "
-            "[2**-126, 2**126].",
-            "Use auto, or a power of two such as 1024.",
-        ) from error
+        cause = f"`loss_scale` ({name}) must be auto, none, dynamic or a number > 0."
+        raise ConfigError(cause, "Use auto, or a power of two such as 1024.") from error
 
 
 def _multiply(tree: Any, factor: tf.Tensor) -> Any:
     def multiply(leaf):
-        if isinstance(leaf, tf.IndexedSlices):
-            values = multiply(leaf.values)
-            return tf.IndexedSlices(values, leaf.indices, leaf.dense_shape)
-        if not (isinstance(leaf, float) or is_floating(leaf)):
-            return leaf
-        wide = getattr(leaf, "dtype", None) in (tf.float64, "float64")
-        dtype = tf.float64 if wide else tf.float32
+        dtype = max(tf.float32, tf.as_dtype(leaf.dtype), key=lambda dtype: dtype.size)
         return tf.cast(leaf, dtype) * tf.cast(factor, dtype)
 
-    return tf.nest.map_structure(multiply, tree)
+    def to_tensor(leaf):
+        return tf.constant(leaf) if isinstance(leaf, float) else leaf
+
+    return map_floating(multiply, tf.nest.map_structure(to_tensor, tree))
 
 
-def _check(argument, value, rule, holds, kind=numbers.Real) -> None:
-    # In Python a bool is a number too. NaN passes no comparison.
-    number = isinstance(value, kind) and not isinstance(value, bool)
-    if not (number and holds(value)):
-        raise ConfigError(
-            f"`{argument}` ({value}) of a loss scale must be {rule}.",
-            "The defaults of DynamicLossScale are good for nearly every model.",
-        )
+def _variable(value: Any, name: str) -> tf.Variable:
+    first = tf.VariableAggregation.ONLY_FIRST_REPLICA
+    return tf.Variable(value, trainable=False, name=name, aggregation=first)
+
+
+def _check(argument: str, value: Any, low: float, high: float, kind=float) -> None:
+    # A bool is an int too. NaN passes no comparison.
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        cause = f"`{argument}` ({value}) must be {kind.__name__} in [{low}, {high}]."
+        raise ConfigError(cause, "The default is good for nearly every model.")

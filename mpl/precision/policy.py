@@ -11,11 +11,16 @@ import tensorflow as tf
 from absl import logging
 
 from mpl.errors import ConfigError
+from mpl.precision import layers as layers_lib
 from mpl.precision.cast import cast_floating
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SHORT = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "full": "float32"}
 _SHORT |= {"f64": "float64", "double": "float64"}
+_LINE = "params={},compute={},output={}"
+_MIXED = {
+    "mixed_float16": _LINE.format("float32", "float16", "float32"),
+    "mixed_bfloat16": _LINE.format("float32", "bfloat16", "float32"),
+}
 _KEYS = {"p": "params", "c": "compute", "o": "output"}
 _REMEDY = (
     "Use float32, float64, bfloat16, float16, mixed_float16, mixed_bfloat16, native, "
@@ -33,7 +38,8 @@ class Policy:
         compute_dtype: of the weights' copies and activations in the forward pass.
         output_dtype: of what the model or the wrapped layer returns. All three are
             None for `native`, which casts nothing.
-        overrides: pairs (regular expression on a layer's path, policy name).
+        overrides: pairs (regular expression on a layer's path, name of a policy that
+            Keras has too).
     """
 
     name: str
@@ -63,9 +69,8 @@ class Policy:
         if param == tf.float32 and compute in (tf.float16, tf.bfloat16):
             return f"mixed_{compute.name}"
         raise ConfigError(
-            f"`policy` ({self.name}) has no Keras equal: a Keras layer has weights of "
-            "its compute dtype, or float32 weights and a 16-bit compute dtype.",
-            "Use one of those, such as mixed_bfloat16 or float32.",
+            f"`policy` ({self.name}) is none that Keras layers can have.",
+            "Let params equal compute, or take float32 params and 16-bit compute.",
         )
 
     @contextlib.contextmanager
@@ -75,13 +80,11 @@ class Policy:
         Keras keeps its global policy per thread: enter the scope where layers are
         created.
         """
-        former = keras.config.dtype_policy()
-        if self.compute_dtype is not None:
-            keras.config.set_dtype_policy(self.keras_name)
-        try:
+        if self.compute_dtype is None:
             yield
-        finally:
-            keras.config.set_dtype_policy(former)
+        else:
+            with layers_lib.global_dtype_policy(self.keras_name):
+                yield
 
     def apply_overrides(self, layers: Iterable[keras.layers.Layer]) -> None:
         """Gives each layer whose path an override matches that override's policy.
@@ -107,7 +110,7 @@ class Policy:
                 )
             for path, layer in zip(paths, layers):
                 if re.search(pattern, path):
-                    _set_policy(layer, get_policy(name))
+                    layers_lib.set_dtype_policy(layer, name)
 
     def wrap(self, layer: keras.layers.Layer) -> keras.layers.Layer:
         """Gives one layer this precision inside a Keras model of another one.
@@ -122,46 +125,13 @@ class Policy:
         Returns:
             A layer to call in its place.
         """
-        return layer if self.compute_dtype is None else PrecisionWrapper(layer, self)
+        if self.output_dtype is None:
+            return layer
+        output = self.output_dtype.name
+        return layers_lib.PrecisionWrapper(layer, output, dtype=self.keras_name)
 
 
-@keras.saving.register_keras_serializable(package="mpl")
-class PrecisionWrapper(keras.layers.Wrapper):
-    """A layer that runs another one under a policy of its own (see `Policy.wrap`)."""
-
-    def __init__(self, layer: keras.layers.Layer, policy: str | Policy, **kwargs):
-        policy = get_policy(policy)
-        # Keras casts the inputs to the compute dtype of this wrapper's own policy.
-        super().__init__(layer, dtype=policy.keras_name, **kwargs)
-        self.policy = policy
-        self.supports_masking = layer.supports_masking
-        _set_policy(layer, policy)
-
-    def build(self, input_shape=None):
-        """Does nothing: the layer builds itself when called, with all its inputs."""
-
-    def call(self, inputs, *args, training=None, **kwargs):
-        """Runs the layer, which learns `training` from Keras's call context."""
-        return self.policy.cast_to_output(self.layer(inputs, *args, **kwargs))
-
-    def compute_mask(self, inputs, previous_mask=None):
-        """Returns the layer's own mask, which the cast of its output dropped."""
-        return self.layer.compute_mask(inputs, previous_mask)
-
-    def get_config(self):
-        """Returns the layer's configuration and the policy's name."""
-        config = super().get_config() | {"policy": self.policy.name}
-        del config["dtype"]
-        return config
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """Makes the layer under its policy, so that inner layers get it as well."""
-        with get_policy(config["policy"]).scope():
-            return super().from_config(config, custom_objects)
-
-
-def get_policy(name: str | Policy, overrides: Mapping[str, str] | None = None) -> Policy:
+def get_policy(name: str | Policy, overrides: Mapping[str, str] = {}) -> Policy:
     """Makes a policy from its name.
 
     Args:
@@ -186,19 +156,16 @@ def get_policy(name: str | Policy, overrides: Mapping[str, str] | None = None) -
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(
-                f"`overrides` ({pattern!r}) is no regular expression: {error}.",
-                r"Write for example '.*/head' or '^model/dense_\d'.",
-            ) from error
+            cause = f"`overrides` ({pattern!r}) is no regular expression: {error}."
+            raise ConfigError(cause, "Write for example '/head$'.") from error
         # What no layer can take is refused here, before a model is built.
-        pair = (pattern, get_policy(get_policy(other).keras_name).name)
+        pair = (pattern, get_policy(other).keras_name)
         policy = dataclasses.replace(policy, overrides=(*policy.overrides, pair))
     return policy
 
 
 def auto_policy(
     devices: Sequence[tf.config.PhysicalDevice] | None = None,
-    *,
     details: Callable[[Any], dict] = tf.config.experimental.get_device_details,
     cpu_flags: str | None = None,
 ) -> tuple[str, str]:
@@ -217,15 +184,14 @@ def auto_policy(
         The policy's name, and the reason in words.
     """
     devices = tf.config.list_physical_devices() if devices is None else devices
-    gpus = [device for device in devices if device.device_type == "GPU"]
     if any(device.device_type == "TPU" for device in devices):
         return "mixed_bfloat16", "a TPU"
+    gpus = [details(device) for device in devices if device.device_type == "GPU"]
     if gpus:
-        oldest = min(details(gpu).get("compute_capability", (0, 0)) for gpu in gpus)
-        reason = f"a GPU of compute capability {oldest[0]}.{oldest[1]}"
-        if oldest[0] >= 8:
-            return "mixed_bfloat16", reason
-        return ("mixed_float16" if oldest[0] == 7 else "float32"), reason
+        major, minor = min(gpu.get("compute_capability", (0, 0)) for gpu in gpus)
+        name = {7: "mixed_float16"}.get(major, "float32")
+        name = "mixed_bfloat16" if major >= 8 else name
+        return name, f"a GPU of compute capability {major}.{minor}"
     flags = _read_cpu_flags() if cpu_flags is None else cpu_flags
     fast = sorted({"avx512_bf16", "amx_bf16"} & set(flags.split()))
     if fast:
@@ -248,68 +214,21 @@ def _parse(name: str) -> Policy:
     if text == "auto":
         text, reason = auto_policy()
         logging.info("policy auto: %s, because of %s", text, reason)
-    if text in ("mixed_float16", "mixed_bfloat16"):
-        text = f"params=float32,compute={text.removeprefix('mixed_')},output=float32"
-    if "=" not in text:
-        text = f"params={text}"
+    text = _MIXED.get(text, text)
     words: dict[str, str] = {}
-    for part in text.split(","):
+    for part in text.split(",") if "=" in text else [f"params={text}"]:
         key, _, word = (piece.strip() for piece in part.partition("="))
-        key = _KEYS.get(key, key)
-        if key not in _KEYS.values() or key in words:
+        if word == "half":  # as in jmp: what the device at hand calls half
+            word = "bf16" if tf.config.list_physical_devices("TPU") else "f16"
+        key, word = _KEYS.get(key, key), _SHORT.get(word, word)
+        if key not in _KEYS.values() or key in words or word not in _SHORT.values():
+            part = part.removeprefix("params=")
             raise ConfigError(f"`policy` ({name}) is not known: {part!r}.", _REMEDY)
         words[key] = word
-    param = _dtype(words.get("params", "float32"), name)
-    compute = _dtype(words.get("compute", param.name), name)
-    output = _dtype(words.get("output", compute.name), name)
-    if param == compute == output:
-        text = param.name
-    elif param == output == tf.float32 and compute.size == 2:
-        text = f"mixed_{compute.name}"
-    else:
-        text = f"params={param.name},compute={compute.name},output={output.name}"
-    return Policy(text, param, compute, output)
-
-
-def _dtype(word: str, policy: str) -> tf.DType:
-    if word == "half":  # as in jmp: what the device at hand calls half
-        word = "bf16" if tf.config.list_physical_devices("TPU") else "f16"
-    dtype = _SHORT.get(word, word)
-    if dtype not in _DTYPES:
-        raise ConfigError(f"`policy` ({policy}) is not known: {word!r}.", _REMEDY)
-    return tf.as_dtype(dtype)
-
-
-def _set_policy(layer: keras.layers.Layer, policy: Policy) -> None:
-    """Sets the dtype policy of a layer and of all layers inside it."""
-    for inner in _with_sublayers(layer, {}).values():
-        for weight in inner.weights:
-            dtype = tf.as_dtype(weight.dtype)
-            if dtype.is_floating and dtype != policy.param_dtype:
-                raise ConfigError(
-                    f"`policy` ({policy.name}) cannot hold for {weight.path}, which "
-                    f"is {weight.dtype} already.",
-                    f"Choose a policy with {weight.dtype} parameters, or give the "
-                    "layer its policy before it is built.",
-                )
-        inner.dtype_policy = policy.keras_name
-
-
-def _with_sublayers(value: Any, found: dict) -> dict:
-    """Collects the layers in a value, its containers and attributes, by identity.
-
-    Keras has no public list of nested layers, and a part such as the softmax inside
-    MultiHeadAttention has no path.
-    """
-    if isinstance(value, keras.layers.Layer):
-        if id(value) in found:
-            return found
-        found[id(value)] = value
-        value = vars(value)
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return found
-    for part in value:
-        _with_sublayers(part, found)
-    return found
+    param = words.get("params", "float32")
+    compute = words.get("compute", param)
+    output = words.get("output", compute)
+    line = _LINE.format(param, compute, output)
+    short = {mixed: key for key, mixed in _MIXED.items()}
+    text = param if param == compute == output else short.get(line, line)
+    return Policy(text, *map(tf.as_dtype, (param, compute, output)))

@@ -4,7 +4,8 @@ Keras layers read through `keras.StatelessScope`. Plain `tf.Module`s have no suc
 their attributes are lent, that is, replaced by the tensors for the time of the trace.
 The only file that touches private attributes of Keras: `_flatten_layers` (there is no
 public listing of nested layers), `_trainable_variables` (tells a frozen weight from
-state) and `_autocast` (tells a float32 island). A canary test watches all three.
+state), `_autocast` (tells a float32 island), `_u_product` of Nadam and what
+`exclude_from_weight_decay` of an optimizer leaves. A canary test watches them all.
 """
 
 import collections.abc
@@ -24,6 +25,8 @@ import tensorflow as tf
 from mpl import errors
 
 _SEED_NAME = "seed_generator_state"
+# MirroredStrategy traces each replica on a thread of its own.
+_thread = threading.local()
 
 
 @dataclasses.dataclass(eq=False)
@@ -196,15 +199,37 @@ class Binding:
 
 
 class _Scope(keras.StatelessScope):
-    """A StatelessScope that refuses writes which the step could not carry."""
+    """A StatelessScope that refuses writes which the step could not carry.
+
+    What it does not know it leaves to the scope around it, so that two models can be
+    bound at a time; Keras alone would look into the innermost only.
+    """
 
     def __init__(self, known: set[int]):
         super().__init__(collect_losses=True)
         self._known = known
         self._graph = None if tf.executing_eagerly() else _graph()
 
+    def __enter__(self) -> "_Scope":
+        self._outer = getattr(_thread, "scope", None)
+        _thread.scope = self
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        _thread.scope = self._outer
+        super().__exit__(*args)
+
+    def get_current_value(self, variable: keras.Variable) -> tf.Tensor | None:
+        value = super().get_current_value(variable)
+        if value is None and self._outer is not None:
+            return self._outer.get_current_value(variable)
+        return value
+
     def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
         variable, value = update
+        if id(variable) not in self._known and self._outer is not None:
+            self._outer.add_update(update)
+            return
         if id(variable) not in self._known:
             if variable.name == _SEED_NAME:
                 what = "draws from a seed that is not the model's"
@@ -236,6 +261,17 @@ def flatten_layers(model: tf.Module | keras.layers.Layer) -> list[keras.layers.L
     for _, layer in _find_parts(model)[1]:
         found.update((id(inner), inner) for inner in layer._flatten_layers())
     return list(found.values())
+
+
+def momentum_product(nadam: keras.optimizers.Nadam) -> keras.Variable:
+    """Returns the state that Nadam keeps outside of its `update_step`."""
+    return nadam._u_product
+
+
+def excludes_from_decay(inner: keras.optimizers.Optimizer) -> bool:
+    """Returns whether `exclude_from_weight_decay` was called on an optimizer."""
+    named = getattr(inner, "_exclude_from_weight_decay_pattern", None)
+    return bool(named or getattr(inner, "_exclude_from_weight_decay", None))
 
 
 def _graph() -> tf.Graph:

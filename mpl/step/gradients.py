@@ -32,6 +32,7 @@ class Prepared:
     active: tf.Tensor
 
 
+@tf.autograph.experimental.do_not_convert
 def apply_together(
     updates: Sequence[tuple[Any, Sequence[Any], state_lib.Forward]],
 ) -> None:
@@ -121,7 +122,8 @@ def _prepare(
         if isinstance(gradient, tf.IndexedSlices):
             gradient = sparse_lib.sum_duplicates(gradient)
         gradient = _map_values(lambda g: g * tf.cast(factor, g.dtype), gradient)
-        gradient = _add_regularizers(bucket, gradient)
+        if optimizer.weights is not None:
+            gradient = _add_regularizers(bucket, gradient)
         unscaled.append(gradient)
         squares.append(tf.cast(_squares(bucket, gradient), tf.float32))
     squares = tf.concat(squares, 0)
@@ -267,7 +269,7 @@ def accumulate(
     cut = tf.nest.map_structure(
         lambda leaf: tf.reshape(leaf, [steps, -1, *leaf.shape[1:]]), batch
     )
-    traced: dict[str, Any] = {}
+    traced = {}
 
     # Traced once, here, so that the loop's variables are known before it is built.
     @tf.function

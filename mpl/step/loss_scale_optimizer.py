@@ -97,7 +97,7 @@ class LossScaleOptimizer(tf.Module):
         self.averages: list[tf.Variable] = []
         # Skips, skips in a row, position of the last bad value, whether it was NaN.
         self._counts = _host_variable(np.zeros(4, np.int64), "counts")
-        self.grad_norm = _host_variable(np.float32(0), "grad_norm")
+        self._grad_norm = _host_variable(np.float32(0), "grad_norm")
         if weights is not None:
             weights.attach(self)
             weights.build(inner)
@@ -114,6 +114,10 @@ class LossScaleOptimizer(tf.Module):
     @property
     def consecutive_skips(self) -> tf.Tensor:
         return self._counts[1]
+
+    @property
+    def grad_norm(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self._grad_norm)
 
     @property
     def learning_rate(self) -> tf.Tensor:
@@ -139,7 +143,7 @@ class LossScaleOptimizer(tf.Module):
         self.buckets = buckets
         for bucket in buckets:
             if bucket.sparse:
-                sparse_lib.check_rule(self.inner, bucket.entries[0].name, bucket.decay)
+                sparse_lib.check_rule(self.inner, bucket)
         self._slots = slots_lib.Slots(self.inner, buckets)
         if self.ema_decay is not None:
             self.averages = [
@@ -148,6 +152,7 @@ class LossScaleOptimizer(tf.Module):
                 for number, bucket in enumerate(buckets)
             ]
 
+    @tf.autograph.experimental.do_not_convert
     def scale_loss(
         self,
         loss: state_lib.LossOutput | tf.Tensor,
@@ -156,8 +161,7 @@ class LossScaleOptimizer(tf.Module):
         """Returns the scalar to differentiate.
 
         Args:
-          loss: with `forward`, what `Experiment.loss` returned; call it inside
-            `bound`, or after it so that `add_loss` terms are seen. Without, a scalar
+          loss: with `forward`, what `Experiment.loss` returned. Without, a scalar
             already divided for the SUM over replicas.
           forward: from `MasterWeights.bound`.
         """
@@ -170,6 +174,7 @@ class LossScaleOptimizer(tf.Module):
             total += tf.cast(penalty, total.dtype) * forward.weight_sum
         return total / self.nominal_weight * tf.cast(forward.scale, total.dtype)
 
+    @tf.autograph.experimental.do_not_convert
     def apply(
         self,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices],
@@ -183,6 +188,7 @@ class LossScaleOptimizer(tf.Module):
         """
         gradients_lib.apply_together([(self, gradients, forward)])
 
+    @tf.autograph.experimental.do_not_convert
     def apply_gradients(
         self, grads_and_vars: Iterable[tuple[Any, tf.Variable | keras.Variable]]
     ) -> None:
@@ -213,7 +219,10 @@ class LossScaleOptimizer(tf.Module):
             )
         by_variable = {id(v): g for v, g in zip(values, gradients)}
         ordered = [by_variable[id(bucket.variable)] for bucket in self.buckets]
-        for gradient, bucket in zip(ordered, self.buckets):
+        for number, (gradient, bucket) in enumerate(zip(ordered, self.buckets)):
+            rows = isinstance(gradient, tf.IndexedSlices)
+            if rows and sparse_lib.problem(self.inner, bucket):
+                ordered[number] = tf.convert_to_tensor(gradient)
             if gradient is None:
                 raise errors.ConfigError(
                     f"{bucket.entries[0].name!r} has no gradient.",
@@ -229,7 +238,6 @@ class LossScaleOptimizer(tf.Module):
         """Updates everything; cross-replica context, and only if the step is finite."""
         extended = strategy.extended
         rate = self.inner.learning_rate
-        decay = self.inner.weight_decay
         slots_lib.advance(self.inner)
         for number, (bucket, gradient) in enumerate(
             zip(self.buckets, prepared.gradients)
@@ -240,6 +248,7 @@ class LossScaleOptimizer(tf.Module):
                     rows = self._slots.of(number)
                     sparse_lib.update_rows(self.inner, variable, gradient, rate, rows)
                     return
+                decay = self._slots.decay(number)
                 if decay and bucket.decay:
                     variable.assign_sub(variable * decay * rate)
                 self.inner.update_step(gradient, variable, rate)
@@ -286,8 +295,8 @@ class LossScaleOptimizer(tf.Module):
         new = tf.stack([counts[0] + skipped, row, position, is_nan])
         self._counts.assign(tf.where(skipped > 0, new, tf.stack(
             [counts[0], row, counts[2], counts[3]])))
-        self.grad_norm.assign(tf.where(active, tf.cast(norm, tf.float32),
-                                       self.grad_norm))
+        norm = tf.where(active, tf.cast(norm, tf.float32), self._grad_norm)
+        self._grad_norm.assign(norm)
 
     def check_names(self) -> list[str]:
         """Returns what each of the checks of a step looks at."""
@@ -359,9 +368,7 @@ def _check_arguments(inner, clip_norm, ema_decay, nominal_weight) -> None:
                 "unreduced gradients.",
                 f"Leave it unset and use {ours}.",
             )
-    if getattr(inner, "_exclude_from_weight_decay", None) or getattr(
-        inner, "_exclude_from_weight_decay_pattern", None
-    ):
+    if binding_lib.excludes_from_decay(inner):
         raise errors.ConfigError(
             "`exclude_from_weight_decay` was called on the inner optimizer.",
             "Name the variables in `no_decay` of MasterWeights.",

@@ -22,7 +22,9 @@ _MAX_BUCKET_BYTES = 32 * 2**20
 PACK_BELOW = 256 * 2**10  # bytes
 
 # Rules that treat each element alike, so that packing cannot change their result.
-ELEMENTWISE = ("SGD RMSprop Adam AdamW Adamax Nadam Adagrad Adadelta Lion Ftrl").split()
+# Exact types: a subclass may do otherwise.
+_ELEMENTWISE = [getattr(keras.optimizers, name) for name in (
+    "SGD RMSprop Adam AdamW Adamax Nadam Adagrad Adadelta Lion Ftrl").split()]
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,7 +79,8 @@ class Bucket:
             return tf.reduce_sum(squared)[tf.newaxis]
         of_rows = tf.reduce_sum(squared, axis=1)
         segments = np.repeat(np.arange(len(self.rows)), self.rows).astype(np.int32)
-        return tf.math.segment_sum(of_rows, segments)
+        # The unsorted form has a static result, which XLA asks for.
+        return tf.math.unsorted_segment_sum(of_rows, segments, len(self.rows))
 
 
 class MasterWeights:
@@ -172,6 +175,21 @@ class MasterWeights:
         """The non-trainable variables that a tf.Module assigns in place."""
         return self._binding.assigned
 
+    @property
+    def frozen(self) -> list[tf.Variable]:
+        """Weights of Keras layers that do not train."""
+        return self._binding.frozen
+
+    def by_key(self, values: Sequence[tf.Variable] | None = None) -> dict:
+        """Returns each variable's value by checkpoint key; `values` as in `cast`."""
+        values = values or [bucket.variable for bucket in self.buckets]
+        return {
+            entry.key: part
+            for value, bucket in zip(values, self.buckets)
+            for entry, part in zip(
+                bucket.entries, bucket.split(tf.convert_to_tensor(value)))
+        }
+
     def build(self, inner: keras.optimizers.Optimizer | None = None) -> None:
         """Groups the variables into buckets and makes the packed buffers.
 
@@ -179,10 +197,7 @@ class MasterWeights:
           inner: the optimizer that will update them; unless its rule is elementwise
             every variable keeps its true shape.
         """
-        packs = inner is None or (
-            type(inner).__name__ in ELEMENTWISE
-            and isinstance(inner, getattr(keras.optimizers, type(inner).__name__))
-        )
+        packs = inner is None or type(inner) in _ELEMENTWISE
         self.buckets = []
         open_buckets: dict[tuple, Bucket] = {}
         for entry in reversed(self.entries):
@@ -256,6 +271,7 @@ class MasterWeights:
         for optimizer, slots in zip(self._attached, saved):
             optimizer.rebuild(slots)
 
+    @tf.autograph.experimental.do_not_convert
     def cast(self, values: Sequence[tf.Variable] | None = None) -> list:
         """Returns the parameters in the compute dtype, one tensor a bucket.
 
@@ -311,9 +327,9 @@ class MasterWeights:
                 value = entry.value.read_value() if state is None else state[number]
                 updates.append((entry.keras_variable, self._fold(entry, value, 1)))
         with self.rebound(forward.slices, updates) as scope:
+            forward.penalties = scope.losses
             with remat_lib.within(self, scope, forward.slices):
                 yield forward
-        forward.penalties = list(scope.losses)
         forward.state = self._state_after(scope, state)
 
     def rebound(
@@ -375,6 +391,7 @@ class MasterWeights:
             after.append(value)
         return after
 
+    @tf.autograph.experimental.do_not_convert
     def gradients(
         self, tape: tf.GradientTape, scaled_loss: tf.Tensor, forward: state_lib.Forward
     ) -> list[tf.Tensor | tf.IndexedSlices]:
@@ -423,6 +440,7 @@ class MasterWeights:
                 )
         return of_params
 
+    @tf.autograph.experimental.do_not_convert
     def publish(self) -> None:
         """Writes the packed masters back into the model's variables."""
         self._require_built()
@@ -433,6 +451,7 @@ class MasterWeights:
                 ):
                     entry.value.assign(value)
 
+    @tf.autograph.experimental.do_not_convert
     def adopt(self) -> None:
         """Reads the packed masters from the model's variables: publish's inverse."""
         self._require_built()

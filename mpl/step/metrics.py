@@ -29,6 +29,7 @@ class Metrics(tf.Module):
             )
         self.loss = keras.metrics.Mean("loss")
 
+    @tf.autograph.experimental.do_not_convert
     def update(
         self, output: state_lib.LossOutput, forward: state_lib.Forward | None = None
     ) -> None:

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from mpl import errors
+from mpl.step import binding as binding_lib
 
 
 class Slots:
@@ -26,28 +27,40 @@ class Slots:
         self._inner = inner
         self._buckets = buckets
         references = [
-            bucket.entries[0].keras_variable if bucket.rows is None and bucket.entries[0].keras_variable
-            is not None else bucket.variable
+            bucket.variable
+            if bucket.rows is not None or bucket.entries[0].keras_variable is None
+            else bucket.entries[0].keras_variable
             for bucket in buckets
         ]
         number_of = {id(reference): n for n, reference in enumerate(references)}
-        self._slots: list[tuple[int, str, tf.Variable]] = []
+        owners: dict[int, tuple[int, str]] = {}
         create = inner.add_variable_from_reference
 
         def recorded(reference_variable, name=None, initializer="zeros"):
             slot = create(reference_variable, name=name, initializer=initializer)
-            number = number_of[id(reference_variable)]
-            self._slots.append((number, name or "slot", slot.value))
+            owners[id(slot)] = number_of[id(reference_variable)], name or "slot"
             return slot
+
+        class Watched(list):
+            """Notes whose are the variables that `build` makes while it iterates."""
+
+            def __iter__(self):
+                for number, reference in enumerate(super().__iter__()):
+                    known = len(inner.variables)
+                    yield reference
+                    for count, variable in enumerate(inner.variables[known:]):
+                        owners.setdefault(id(variable), (number, f"extra_{count}"))
 
         # For the time of `build`: Keras's names for slots do not tell whose they are.
         vars(inner)["add_variable_from_reference"] = recorded
         try:
-            inner.build(references)
+            inner.build(Watched(references))
         finally:
             del vars(inner)["add_variable_from_reference"]
-        mine = {id(slot) for _, _, slot in self._slots}
-        self._others = [v for v in inner.variables if id(v.value) not in mine]
+        self._slots = [
+            (*owners[id(v)], v.value) for v in inner.variables if id(v) in owners
+        ]
+        self._others = [v for v in inner.variables if id(v) not in owners]
 
     def of(self, number: int) -> dict[str, tf.Variable]:
         """Returns the slots of one bucket by name."""
@@ -70,17 +83,31 @@ class Slots:
             if key in values:
                 variable.assign(values[key])
 
+    def decay(self, number: int) -> float | None:
+        """Returns the weight decay of one bucket."""
+        if isinstance(self._inner, keras.optimizers.Muon) and "velocity" in self.of(
+            number
+        ):
+            return self._inner.adam_weight_decay  # Muon leaves this variable to Adam
+        return self._inner.weight_decay
+
     def _named_others(self) -> list[tuple[str, keras.Variable]]:
-        return [
-            (f"optimizer/{number}/{variable.name}", variable)
-            for number, variable in enumerate(self._others)
-        ]
+        names = binding_lib.canonical_names([v.name for v in self._others])
+        return [(f"optimizer/{name}", v) for name, v in zip(names, self._others)]
 
 
 def by_entry(name: str, bucket: Any, packed: tf.Variable) -> dict[str, tf.Tensor]:
     """Returns the parts of a variable laid out like `bucket`, by checkpoint key."""
     parts = bucket.split(tf.convert_to_tensor(packed))
-    return {f"{name}/{e.key}": part for e, part in zip(bucket.entries, parts)}
+    return {entry_key(name, e.key): part for e, part in zip(bucket.entries, parts)}
+
+
+def entry_key(*names: str) -> str:
+    """Returns a name for `_serialize_to_tensors`.
+
+    TensorFlow escapes "/" twice on saving and once on restoring such names.
+    """
+    return "|".join(names).replace("/", "|")
 
 
 def restore_entries(
@@ -98,18 +125,18 @@ def advance(inner: keras.optimizers.Optimizer) -> None:
     Source: Dozat 2016, http://cs229.stanford.edu/proj2015/054_report.pdf
     """
     if isinstance(inner, keras.optimizers.Nadam):
-        product = inner._u_product  # no public name; watched by a canary test
+        product = binding_lib.momentum_product(inner)
         step = tf.cast(inner.iterations + 1, product.dtype)
-        factor = inner.beta_1 * (1.0 - 0.5 * tf.pow(0.96, step))
-        product.assign(product * factor)
+        product.assign(product * inner.beta_1 * (1.0 - 0.5 * tf.pow(0.96, step)))
 
 
 def _check_update_step(inner: keras.optimizers.Optimizer) -> None:
-    outside = ("apply", "_backend_update_step", "_backend_apply_gradients")
+    outside = "apply _backend_update_step _backend_apply_gradients _apply_weight_decay"
+    known = keras.optimizers.Optimizer, keras.optimizers.Nadam, keras.optimizers.Muon
     for kind in type(inner).__mro__:
-        if kind in (keras.optimizers.Optimizer, keras.optimizers.Nadam):
+        if kind in known:
             return
-        overridden = [name for name in outside if name in vars(kind)]
+        overridden = [name for name in outside.split() if name in vars(kind)]
         if overridden:
             raise errors.ConfigError(
                 f"the inner optimizer {type(inner).__name__} overrides "

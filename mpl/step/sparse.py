@@ -1,6 +1,7 @@
 """Embedding tables that are read and updated row by row."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -29,21 +30,27 @@ def sum_duplicates(slices: tf.IndexedSlices) -> tf.IndexedSlices:
     return tf.IndexedSlices(values, ids, slices.dense_shape)
 
 
-def check_rule(inner: keras.optimizers.Optimizer, name: str, decay: bool) -> None:
-    """Raises ConfigError if `inner` has no rule for rows."""
-    rule = type(inner).__name__
-    problem = None
+def problem(inner: keras.optimizers.Optimizer, bucket: Any) -> str | None:
+    """Returns why `inner` cannot update single rows of a bucket, or None."""
     if type(inner) not in _RULES:
-        problem = f"{rule} has no rule for single rows"
-    elif getattr(inner, "momentum", 0.0):
-        problem = "momentum would have to move every row"
-    elif getattr(inner, "amsgrad", False):
-        problem = "amsgrad has no rule for single rows"
-    elif decay and inner.weight_decay:
-        problem = "weight decay would have to move every row"
-    if problem:
+        return f"{type(inner).__name__} has no rule for single rows"
+    whole = {
+        "momentum": getattr(inner, "momentum", 0.0),
+        "amsgrad": getattr(inner, "amsgrad", False),
+        "weight decay": bucket.decay and inner.weight_decay,
+        "a regularizer": bucket.entries[0].regularizer,
+        "a constraint": bucket.entries[0].constraint,
+    }
+    used = [name for name, value in whole.items() if value]
+    return f"{used[0]} would have to move every row" if used else None
+
+
+def check_rule(inner: keras.optimizers.Optimizer, bucket: Any) -> None:
+    """Raises ConfigError if `inner` has no rule for the rows of a table."""
+    why = problem(inner, bucket)
+    if why:
         raise errors.ConfigError(
-            f"the table {name!r} is updated row by row, but {problem}.",
+            f"the table {bucket.entries[0].name!r} is updated row by row, but {why}.",
             "Use SGD without momentum, Adagrad, Adam or AdamW, exclude the table from "
             "decay (`no_decay`), or pass `sparse=None` to MasterWeights.",
         )

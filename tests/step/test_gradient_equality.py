@@ -200,14 +200,6 @@ def _pair(model, x, y):
     return {n: (g, w) for n, g, w in zip(names, got, want, strict=True)}, states
 
 
-@pytest.fixture
-def no_grappler():
-    """Graphs run as written: rewriting fuses operations, and so rounds, differently."""
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.usefixtures("no_grappler")
 def test_gradients_and_state_equal_the_plain_tape(kind):
@@ -386,7 +378,7 @@ def test_freezing_needs_a_rebuild_which_keeps_slots():
     weights = master_weights.MasterWeights(model, "float32", pack_below=60)
     optimizer = loss_scale_optimizer.LossScaleOptimizer(
         keras.optimizers.Adam(0.1), "none", weights)
-    kept = weights.entries[0].key
+    kept = weights.entries[0].key.replace("/", "|")
     slots = {key: value.numpy() + 1 for key, value in optimizer.export_slots().items()}
     optimizer._import(slots)
     model.layers[-1].trainable = False
@@ -396,7 +388,7 @@ def test_freezing_needs_a_rebuild_which_keeps_slots():
     weights.rebuild()
     assert len(weights.entries) == len(model.trainable_variables)
     after = optimizer.export_slots()
-    np.testing.assert_array_equal(after[f"momentum/{kept}"], slots[f"momentum/{kept}"])
+    np.testing.assert_array_equal(after[f"momentum|{kept}"], slots[f"momentum|{kept}"])
     with weights.bound(weights.cast()):
         pass
 

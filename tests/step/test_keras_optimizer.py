@@ -14,8 +14,20 @@ DEFAULTS = dict(
     learning_rate=0.5, lr_schedule="constant", warmup_steps=0, train_steps=100
 )
 NAMES = [
-    "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Ftrl", "Lamb",
-    "Lion", "Muon", "Nadam", "RMSprop", "SGD", "ScheduleFreeAdamW",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Ftrl",
+    "Lamb",
+    "Lion",
+    "Muon",
+    "Nadam",
+    "RMSprop",
+    "SGD",
+    "ScheduleFreeAdamW",
 ]
 
 
@@ -104,7 +116,9 @@ def test_schedule_corners(kind):
     assert [float(schedule(s)) for s in (0, 10, 20)] == [0.0, 0.25, 0.5]
     for step in (0, 49, 50, 51, 74, 75, 99, 100, 1000):
         expected = expected_rate(kind, step, 20)
-        np.testing.assert_allclose(float(schedule(step)), expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            float(schedule(step)), expected, rtol=1e-5, atol=1e-7
+        )
     assert schedule(tf.constant(3, tf.int64)).dtype == tf.float32
     # All of the training is warm-up: the peak is where it ends.
     assert float(WarmupSchedule("constant", 0.5, 100, 100)(100)) == 0.5

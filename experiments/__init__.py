@@ -1,0 +1,1 @@
+"""Binaries, each short: `python -m experiments.digits --help`."""

@@ -1,0 +1,1 @@
+"""Data of the experiments: one module a set, each with `load(split)`."""

@@ -1,0 +1,42 @@
+"""Handwritten digits: 1,797 real images of 8 x 8, in digits.npz beside this file.
+
+The test part of the UCI "Optical Recognition of Handwritten Digits" set, as carried by
+scikit-learn; source, citation and licence (CC BY 4.0) in README.md. Training,
+validation and test images are drawn at random from all writers.
+"""
+
+import pathlib
+
+import numpy as np
+
+import mpl
+
+NUM_CLASSES = 10
+SPLITS = {"train": (0, 1257), "validation": (1257, 1437), "test": (1437, 1797)}
+_FILE = pathlib.Path(__file__).with_name("digits.npz")
+_SPLIT_SEED = 0
+
+
+def load(split: str) -> dict[str, np.ndarray]:
+    """Reads one split.
+
+    Args:
+        split: "train" (1,257 images), "validation" (180) or "test" (360).
+
+    Returns:
+        `image`: uint8 `[num_examples, 8, 8, 1]`, ink from 0 to 16; `label`: int32
+        `[num_examples]`, 0 to 9.
+
+    Raises:
+        ConfigError: another split.
+    """
+    if split not in SPLITS:
+        raise mpl.ConfigError(
+            f"`split` ({split}) is not a part of digits.", f"Use one of {list(SPLITS)}."
+        )
+    with np.load(_FILE) as file:
+        image, label = file["image"], file["label"]
+    # RandomState, because NumPy promises that its numbers never change.
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(label))
+    part = order[slice(*SPLITS[split])]
+    return {"image": image[part], "label": label[part].astype(np.int32)}

@@ -1,0 +1,511 @@
+"""What a researcher subclasses: a model, an optimizer, data and a loss."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mpl import data as data_lib
+from mpl import distribute, errors
+from mpl.loop import evaluator as evaluator_lib
+from mpl.loop import trainer as trainer_lib
+from mpl.precision import cast as cast_lib
+from mpl.precision import loss_scale as loss_scale_lib
+from mpl.precision import policy as policy_lib
+from mpl.record import export as export_lib
+from mpl.step import binding as binding_lib
+from mpl.step import gradients as gradients_lib
+from mpl.step import keras_optimizer
+from mpl.step import loss_scale_optimizer as optimizer_lib
+from mpl.step import master_weights as master_weights_lib
+from mpl.step import metrics as metrics_lib
+from mpl.step import state as state_lib
+
+if TYPE_CHECKING:
+    from mpl.launch.config import RunConfig
+
+SPLITS = ("train", "validation", "test")
+
+
+class Experiment:
+    """A model, its optimizer, its data and its loss; the rest has defaults.
+
+    Write `build_model`, `build_data` and `loss`, and where wanted `build_optimizer`,
+    `metrics` and `predict`. A new kind of loop overrides `train_step` alone. With
+    several models `build_model` returns a dict; `weights` and `optimizer` are then
+    dicts with the same keys, and the optimizers share one loss scale.
+
+    Attributes:
+      Config: the settings, a subclass of `RunConfig`; None: `RunConfig` itself.
+      policy_overrides: from pattern of a layer's path to the name of its policy.
+      config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
+      global_step: int64 variable, attempted steps.
+      train_steps: length of the training in steps.
+    """
+
+    Config: "type[RunConfig] | None" = None
+    policy_overrides: Mapping[str, str] = {}
+
+    # What a researcher writes.
+
+    def build_model(self) -> Any:
+        """Returns a built Keras model or tf.Module, or a dict of them by name.
+
+        Called once under the policy, the strategy and the seed of the run.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.build_model")
+
+    def build_data(self, split: str, context: data_lib.DataContext) -> Any:
+        """Returns the examples of "train", "validation" or "test"; None: no such split.
+
+        They are a dict of NumPy arrays by name, `mpl.ArraySource`, or a tf.data.Dataset
+        of dicts, one example an element.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.build_data")
+
+    def loss(self, batch: Mapping[str, tf.Tensor], training: bool) -> Any:
+        """Returns the `LossOutput` of this replica's part of a batch.
+
+        Args:
+          batch: what `build_data` gave, `[batch, ...]`, and `weight`, float32 `[batch]`.
+          training: whether a step follows.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def metrics(self) -> Mapping[str, keras.metrics.Metric]:
+        """Returns fresh Keras metrics by name; they read `LossOutput.outputs`."""
+        return {}
+
+    def predict(self, batch: Mapping[str, tf.Tensor]) -> Any:
+        """Returns predictions `[batch, ...]` for a batch without labels."""
+        raise errors.ConfigError(
+            f"{type(self).__name__} has no `predict`.",
+            "Define `predict(self, batch)`; it returns what the model says of a batch.",
+        )
+
+    def build_optimizer(self, config: "RunConfig") -> keras.optimizers.Optimizer:
+        """Returns the inner Keras optimizer, from the flags by default."""
+        return keras_optimizer.make_optimizer(
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            lr_schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+            train_steps=self.train_steps,
+            weight_decay=config.weight_decay,
+        )
+
+    def build_weights(self, model: Any) -> master_weights_lib.MasterWeights:
+        """Returns the master weights of a model, with groups where wanted."""
+        return master_weights_lib.MasterWeights(model, self.policy)
+
+    def train_step(self, iterator: Any) -> None:
+        """Runs one step on every replica; cross-replica context, inside a tf.function."""
+
+        def replica_step(batch: Mapping[str, tf.Tensor]) -> None:
+            params = self.weights.cast()  # float32 masters -> compute copies
+
+            def replica_forward(batch, state):
+                with tf.GradientTape() as tape:
+                    tape.watch(params)
+                    with self.weights.bound(params, state) as forward:
+                        output = self.loss(batch, training=True)
+                        scaled_loss = self.optimizer.scale_loss(output, forward)
+                gradients = self.weights.gradients(tape, scaled_loss, forward)
+                return gradients, forward, output
+
+            gradients, forward, output = gradients_lib.accumulate(
+                replica_forward, batch, self.config.accumulate_steps,
+                weights=self.weights)
+            self.optimizer.apply(gradients, forward)  # reduce, check, update or skip
+            self.update_metrics(output, forward)
+
+        self.strategy.run(self.compiled(replica_step), args=(next(iterator),))
+
+    def eval_step(self, iterator: Any) -> None:
+        """Evaluates one batch on every replica."""
+
+        def replica_step(batch: Mapping[str, tf.Tensor]) -> None:
+            with self.bound_for_inference():
+                output = self.loss(batch, training=False)
+            self.update_metrics(output)
+
+        self.strategy.run(self.compiled(replica_step), args=(next(iterator),))
+
+    # What those methods may call.
+
+    def update_metrics(
+        self,
+        output: state_lib.LossOutput,
+        forward: state_lib.Forward | None = None,
+    ) -> None:
+        """Adds a batch to the metrics of training (with `forward`) or evaluation."""
+        metrics = self._eval_metrics if forward is None else self._train_metrics
+        metrics.update(output, forward)
+
+    @contextlib.contextmanager
+    def bound_for_inference(self) -> Iterator[None]:
+        """The models read their averages, or their masters where the run keeps none."""
+        with contextlib.ExitStack() as stack:
+            for weights, optimizer in zip(
+                _values(self.weights), _values(self.optimizer)
+            ):
+                stack.enter_context(weights.bound(weights.cast(optimizer.averages)))
+            yield
+
+    def compiled(self, function: Callable) -> Callable:
+        """Returns the function under XLA, if the run asks for it."""
+        if not self._jit_compile:
+            return function
+        return tf.function(function, jit_compile=True)
+
+    # What `run` calls.
+
+    @property
+    def name(self) -> str:
+        """The name of the experiment: that of the class, in snake_case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def setup(self, config: "RunConfig", strategy: tf.distribute.Strategy) -> None:
+        """Makes everything a run needs; reads data, writes nothing, restores nothing.
+
+        Raises:
+          ConfigError: if the settings, the model or the data cannot work together.
+        """
+        self.config, self.strategy = config, strategy
+        replicas = strategy.num_replicas_in_sync
+        distribute.check_batch(
+            config.global_batch_size, replicas, config.accumulate_steps
+        )
+        self._jit_compile = _use_xla(config.jit_compile, replicas)
+        self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
+        self._build_pipelines()
+        keras.utils.set_random_seed(config.seed)
+        with strategy.scope():
+            with self.policy.scope():
+                self.model = self.build_model()
+            self.policy.apply_overrides([
+                layer for model in _values(self.model)
+                for layer in binding_lib.flatten_layers(model)
+            ])
+            self.weights = _each(self.build_weights, self.model)
+            self.loss_scale = loss_scale_lib.get_loss_scale(
+                config.loss_scale, self.policy
+            )
+            self.optimizer = _each(self._wrap_optimizer, self.weights)
+            self.global_step = _host_counter("global_step")
+            self._train_metrics = metrics_lib.Metrics(self.metrics())
+            self._eval_metrics = metrics_lib.Metrics(self.metrics())
+        self.trainer = _Trainer(self)
+        self.evaluators = {
+            split: _Evaluator(self, split)
+            for split in SPLITS[1:] if split in self.pipelines
+        }
+
+    def _build_pipelines(self) -> None:
+        config = self.config
+        context = data_lib.DataContext(
+            data_dir=config.data_dir,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            compute_dtype=self.policy.compute_dtype,
+        )
+        self.pipelines: dict[str, data_lib.Pipeline] = {}
+        for split in SPLITS:
+            examples = self.build_data(split, context)
+            if examples is not None:
+                training = split == "train"
+                self.pipelines[split] = data_lib.Pipeline(
+                    data_lib.as_source(examples),
+                    global_batch_size=config.global_batch_size,
+                    seed=config.seed, shuffle=training, repeat=training,
+                )
+        if "train" not in self.pipelines:
+            raise errors.ConfigError(
+                f"{type(self).__name__}.build_data returned nothing for 'train'.",
+                "Return a dict of arrays or a tf.data.Dataset for that split.",
+            )
+        self.num_examples = {
+            split: pipeline.num_examples for split, pipeline in self.pipelines.items()
+        }
+        self.batches_per_epoch = self.pipelines["train"].batches_per_epoch
+        self.train_steps = self._resolve_train_steps()
+
+    def _resolve_train_steps(self) -> int:
+        if self.config.train_steps is not None:
+            return self.config.train_steps
+        if self.batches_per_epoch is None:
+            raise errors.ConfigError(
+                "`train_steps` is not set and the training data do not know how many "
+                "examples they hold.",
+                "Set --train_steps, or `num_examples` of the DatasetSource.",
+            )
+        return (self.config.train_epochs or 1) * self.batches_per_epoch
+
+    def _wrap_optimizer(
+        self, weights: master_weights_lib.MasterWeights
+    ) -> optimizer_lib.LossScaleOptimizer:
+        return optimizer_lib.LossScaleOptimizer(
+            self.build_optimizer(self.config),
+            self.loss_scale,
+            weights,
+            clip_norm=self.config.clip_norm,
+            ema_decay=self.config.ema_decay,
+            nominal_weight=self.config.global_batch_size,
+        )
+
+    def checkpoint_objects(self) -> dict[str, Any]:
+        """Returns all that a checkpoint must hold, by name."""
+        objects: dict[str, Any] = {"global_step": self.global_step,
+                                   "position": self.trainer.position}
+        for kind, value in (("model", self.model), ("optimizer", self.optimizer)):
+            named = value if isinstance(value, Mapping) else {"": value}
+            for name, part in named.items():
+                objects[f"{kind}_{name}" if name else kind] = part
+        return objects
+
+    def after_restore(self) -> None:
+        """Takes up what a checkpoint gave the model's variables and the position."""
+        for weights in _values(self.weights):
+            weights.adopt()
+        self.trainer.reset_iterator()
+
+    def train_report(self) -> dict[str, float]:
+        """Returns loss, metrics and the state of the optimizer since the last reset."""
+        report = {k: float(v) for k, v in self._train_metrics.result().items()}
+        first = _values(self.optimizer)[0]
+        report["loss_scale"] = float(self.loss_scale.value)
+        for name in ("applied_steps", "skipped_steps"):
+            report[name] = int(getattr(first, name))
+        for name in ("grad_norm", "learning_rate"):
+            report[name] = float(getattr(first, name))
+        return report
+
+    def headline(self) -> str:
+        """Returns the name of the metric that sums up the experiment."""
+        return next(iter(self._eval_metrics.metrics), "loss")
+
+    def predictor(self) -> Callable[[Mapping[str, np.ndarray]], Any]:
+        """Returns a function from a dict of arrays `[n, ...]` to predictions `[n, ...]`.
+
+        The weights are those of this moment: averages where the run keeps them.
+        """
+
+        @tf.function
+        def predict_batch(batch: Mapping[str, tf.Tensor]) -> Any:
+            def replica_predict(batch):
+                with self.bound_for_inference():
+                    return cast_lib.cast_floating(self.predict(batch), tf.float32)
+
+            return self.strategy.run(replica_predict, args=(batch,))
+
+        def predict(examples: Mapping[str, np.ndarray]) -> Any:
+            pipeline = data_lib.Pipeline(
+                data_lib.as_source(dict(examples)),
+                global_batch_size=self.config.global_batch_size,
+                shuffle=False, repeat=False,
+            )
+            batches = distribute.distribute_dataset(pipeline.dataset(), self.strategy)
+            local = self.strategy.experimental_local_results
+            parts = [predict_batch(batch) for batch in batches]
+            return tf.nest.map_structure(
+                lambda *leaves: np.concatenate(
+                    [copy.numpy() for leaf in leaves for copy in local(leaf)]
+                )[: pipeline.num_examples],
+                *parts,
+            )
+
+        return predict
+
+    def export(self, path: str, weights_dtype: str = "float32") -> str:
+        """Writes a SavedModel of `predict` with the weights of this moment.
+
+        Args:
+          path: folder to write.
+          weights_dtype: "float32": weights and computation in float32; "compute": both
+            as in training, the weights stored in the compute dtype.
+
+        Returns:
+          The path.
+        """
+        policy = "float32" if weights_dtype == "float32" else self.policy
+        twin = self._twin(policy)
+        params = [tf.Variable(value, trainable=False) for value in twin.weights.cast()]
+        holder = tf.Module()
+        holder.variables_read = params + [
+            entry.value for entry in twin.weights.state + twin.weights.assigned
+        ] + twin.weights.frozen
+
+        def predict(features: Mapping[str, tf.Tensor]) -> Any:
+            with twin.weights.bound([tf.convert_to_tensor(p) for p in params]):
+                return cast_lib.cast_floating(twin.predict(features), tf.float32)
+
+        return export_lib.export_saved_model(
+            holder, predict, self._features(twin), path,
+            run=self.name, info={
+                "experiment": self.name,
+                "policy": twin.policy.name,
+                "weights": weights_dtype,
+                "step": int(self.global_step),
+                "metrics": list(self._eval_metrics.metrics),
+            },
+        )
+
+    def _twin(self, policy: policy_lib.Policy | str) -> "Experiment":
+        """Returns the experiment with the same weights under another policy.
+
+        It lives under no strategy; averages, where the run keeps them, are its weights.
+        """
+        twin = type(self)()
+        twin.config, twin.strategy = self.config, tf.distribute.get_strategy()
+        twin.policy = policy_lib.get_policy(policy)
+        with twin.policy.scope():
+            twin.model = twin.build_model()
+        twin.weights = twin.build_weights(twin.model)
+        twin.weights.build()
+        for name in ("state", "assigned"):
+            pairs = zip(getattr(twin.weights, name), getattr(self.weights, name))
+            for entry, original in pairs:
+                entry.value.assign(tf.convert_to_tensor(original.value))
+        for value, original in zip(twin.weights.frozen, self.weights.frozen):
+            value.assign(tf.convert_to_tensor(original))
+        trained = self.weights.by_key(self.optimizer.averages)
+        for entry in twin.weights.entries:
+            entry.value.assign(tf.cast(trained[entry.key], entry.value.dtype))
+        twin.weights.adopt()
+        return twin
+
+    def _features(self, twin: "Experiment") -> dict[str, tf.TensorSpec]:
+        """Returns the specs of the features that `predict` reads, unbatched."""
+        specs = self.pipelines["train"].dataset().element_spec
+        read = _Read()
+
+        @tf.function
+        def probe(batch):
+            read.update(batch)
+            twin.predict(read)
+
+        free = {k: tf.TensorSpec([None, *s.shape[1:]], s.dtype) for k, s in specs.items()}
+        probe.get_concrete_function(free)
+        names = read.names or (set(specs) - {"weight"})
+        return {k: tf.TensorSpec(specs[k].shape[1:], specs[k].dtype) for k in
+                sorted(names)}
+
+
+class _Read(dict):
+    """A batch that remembers which of its features were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+class _Trainer(trainer_lib.Trainer):
+    """Runs an experiment's `train_step`."""
+
+    def __init__(self, experiment: Experiment):
+        options = trainer_lib.TrainerOptions(
+            use_tf_function=not experiment.config.debug_eager,
+            use_tf_while_loop=not experiment.config.debug_eager,
+        )
+        super().__init__(options=options)
+        self._experiment = experiment
+
+    def make_train_dataset(self) -> Any:
+        """Returns the training data from the position on."""
+        pipeline = self._experiment.pipelines["train"]
+        dataset = pipeline.dataset(int(self.position))
+        return distribute.distribute_dataset(dataset, self._experiment.strategy)
+
+    def train_loop_begin(self) -> None:
+        for weights in _values(self._experiment.weights):
+            weights.adopt()
+
+    def train_step(self, iterator: Any) -> None:
+        self._experiment.train_step(iterator)
+        self._experiment.global_step.assign_add(1)
+
+    def train_loop_end(self) -> None:
+        for weights in _values(self._experiment.weights):
+            weights.publish()
+
+    def should_stop(self) -> tf.Tensor:
+        limit = self._experiment.config.max_consecutive_skips
+        return tf.reduce_any([optimizer.consecutive_skips >= limit
+                              for optimizer in _values(self._experiment.optimizer)])
+
+    def nonfinite_error(self) -> errors.NonFiniteError:
+        step = int(self._experiment.global_step)
+        for optimizer in _values(self._experiment.optimizer):
+            if optimizer.consecutive_skips >= self._experiment.config.max_consecutive_skips:
+                return errors.NonFiniteError(
+                    f"At step {step}: {optimizer.nonfinite_report()}.",
+                    "Lower the learning rate, clip the gradient (--clip_norm=1), or "
+                    "train in --policy=mixed_bfloat16 or float32.",
+                )
+        raise AssertionError("no optimizer is at the limit")
+
+    def reset_metrics(self) -> None:
+        self._experiment._train_metrics.reset()
+
+
+class _Evaluator(evaluator_lib.Evaluator):
+    """Runs an experiment's `eval_step` over one split."""
+
+    def __init__(self, experiment: Experiment, split: str):
+        options = evaluator_lib.EvaluatorOptions(
+            use_tf_function=not experiment.config.debug_eager,
+            use_tf_while_loop=not experiment.config.debug_eager,
+        )
+        pipeline = experiment.pipelines[split]
+        super().__init__(
+            distribute.distribute_dataset(pipeline.dataset(), experiment.strategy),
+            options,
+        )
+        self._experiment = experiment
+
+    def eval_begin(self) -> None:
+        self._experiment._eval_metrics.reset()
+
+    def eval_step(self, iterator: Any) -> None:
+        self._experiment.eval_step(iterator)
+
+    def eval_end(self, state: Any = None) -> dict[str, tf.Tensor]:
+        return self._experiment._eval_metrics.result()
+
+
+def _each(function: Callable, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: function(part) for name, part in value.items()}
+    return function(value)
+
+
+def _values(value: Any) -> list:
+    return list(value.values()) if isinstance(value, Mapping) else [value]
+
+
+def _host_counter(name: str) -> tf.Variable:
+    return tf.Variable(
+        0, dtype=tf.int64, trainable=False, name=name,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+
+def _use_xla(jit_compile: bool | str, replicas: int) -> bool:
+    """The rule of --jit_compile; auto compiles nothing until measured to be faster."""
+    if jit_compile == "auto":
+        return False
+    if jit_compile and replicas > 1:
+        raise errors.ConfigError(
+            f"`jit_compile` (true) does not go with {replicas} replicas: their "
+            "reduction cannot be compiled with the step.",
+            "Use --jit_compile=auto, or one device.",
+        )
+    return bool(jit_compile)

@@ -1,0 +1,283 @@
+"""The settings of a run: one frozen dataclass, one field per flag."""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mpl.errors import ConfigError
+from mpl.launch.option import KINDS, NoneType, checked, kinds, option, suggestion
+
+# Two ways to say the same thing: at most one of each pair may be set.
+EXCLUSIVE = (
+    ("train_steps", "train_epochs"),
+    ("eval_every_steps", "eval_every_epochs"),
+)
+TRAINING_MODES = ("train", "train_and_eval", "all")
+MODES = TRAINING_MODES + ("eval", "continuous_eval", "predict", "export")
+STRATEGIES = (
+    "auto", "one_device", "mirrored", "multi_worker_mirrored", "parameter_server", "tpu"
+)  # fmt: skip
+LOWER_IS_BETTER = (
+    "loss", "error", "entropy", "divergence", "perplexity", "hinge", "mse", "mae"
+)  # fmt: skip
+
+# What a resumed run may change freely.
+_setting = functools.partial(option, math=False)
+
+
+# fmt: off
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of a run, checked when made; every field is a flag of the same name.
+
+    An experiment adds flags and its own defaults by a subclass:
+
+        @dataclasses.dataclass(frozen=True)
+        class Config(mpl.RunConfig):
+            train_epochs = 20
+            hidden: int = mpl.option(64, "Units of the hidden layer.", minimum=1)
+
+    Attributes:
+        mode: what to do.
+        workdir: folder of the run.
+        resume: go on in the run that the link `latest` points to.
+        data_dir: folder of the data, for experiments that read files.
+        policy: dtypes of weights, computation and outputs.
+        loss_scale: factor of the loss that keeps 16-bit gradients from underflow.
+        strategy: how the work is spread over devices.
+        num_devices: number of devices used.
+        global_batch_size: examples in a step, over all devices and micro-batches.
+        train_steps: length of the training, in steps.
+        train_epochs: length of the training, in passes over the training data.
+        steps_per_loop: most steps between two returns to Python.
+        eval_every_steps: steps between evaluations.
+        eval_every_epochs: epochs between evaluations.
+        checkpoint_every_steps: steps between checkpoints.
+        log_every_steps: steps between lines of training metrics.
+        summary_every_steps: steps between TensorBoard points.
+        seed: of weights, dropout and data order.
+        deterministic: equal bits in every repetition, at some cost in speed.
+        optimizer: name of a Keras optimizer.
+        learning_rate: its highest value over the schedule.
+        lr_schedule: course of the learning rate after the warm-up.
+        warmup_steps: steps over which the learning rate rises from 0.
+        weight_decay: decoupled weight decay.
+        clip_norm: bound of the gradient's global norm.
+        accumulate_steps: micro-batches in a step.
+        ema_decay: decay of the moving average of the weights.
+        early_stop: METRIC:PATIENCE, and :min or :max where the name does not tell.
+        jit_compile: compile the step with XLA.
+        debug_eager: run step by step in Python.
+        allow_changed_flags: resume although flags that change the mathematics differ.
+        max_consecutive_skips: non-finite steps in a row that end the run.
+        input: file of examples to predict.
+        output: file for predictions, or folder for an export.
+    """
+
+    mode: str = _setting(
+        "train_and_eval", "What to do; all: train, evaluate, export, reload, predict.",
+        choices=MODES)
+    workdir: str | None = _setting(
+        None, "Folder of the run; one that holds a run goes on where it stopped. none: "
+        "a new runs/<experiment>/<time>; with --resume and in the modes that do not "
+        "train, runs/<experiment>/latest.")
+    resume: bool = _setting(
+        False, "Go on with the run in --workdir or the latest; an error without one.")
+    data_dir: str | None = _setting(
+        None, "Folder of the data. none: the experiment's own.")
+    policy: str = option(
+        "auto", "float32, float64, mixed_float16, mixed_bfloat16, bfloat16, native, "
+        "params=...,compute=...,output=..., or auto: by device, the log says why.")
+    loss_scale: str | float = option(
+        "auto", "Loss scale; auto: dynamic for float16, else none.",
+        choices=("auto", "none", "dynamic"), above=0)
+    strategy: str = _setting(
+        "auto", "How to use the devices; auto: all GPUs of the machine, else one "
+        "device. The last three arrive later.", choices=STRATEGIES)
+    num_devices: int | None = _setting(
+        None, "Number of devices. none: what --strategy says.", minimum=1)
+    global_batch_size: int = option(
+        64, "Examples in a step, over all devices and micro-batches.", minimum=1)
+    train_steps: int | None = option(
+        None, "Length of the training in steps; this or --train_epochs. Neither: one "
+        "epoch.", minimum=1)
+    train_epochs: int | None = option(
+        None, "Length of the training in passes over its data.", minimum=1)
+    steps_per_loop: int | None = _setting(
+        None, "Most steps in one call of the compiled loop. none: 100, or the shortest "
+        "interval if that is less.", minimum=1)
+    eval_every_steps: int | None = _setting(
+        None, "Steps between evaluations. none: an epoch with --train_epochs, else "
+        "once at the end.", minimum=1)
+    eval_every_epochs: int | None = _setting(
+        None, "Epochs between evaluations; this or --eval_every_steps.", minimum=1)
+    checkpoint_every_steps: int | None = _setting(
+        None, "Steps between checkpoints. none: at every evaluation.", minimum=1)
+    log_every_steps: int | None = _setting(
+        None, "Steps between lines of training metrics. none: an epoch with "
+        "--train_epochs, else 100, at most the evaluation interval.", minimum=1)
+    summary_every_steps: int | None = _setting(
+        None, "Steps between TensorBoard points; 0: no points. none: as "
+        "--log_every_steps.", minimum=0)
+    seed: int = option(
+        0, "Seed of weights, dropout and the order of the data.",
+        minimum=0, maximum=2**31 - 1)
+    deterministic: bool = _setting(
+        False, "Use deterministic operations only, for the rest of the process.")
+    optimizer: str = option(
+        "adam", "Name of a Keras optimizer, for example sgd or adamw.")
+    learning_rate: float = option(1e-3, "Learning rate at its highest.", minimum=0)
+    lr_schedule: str = option(
+        "constant", "Course of the learning rate after the warm-up.",
+        choices=("constant", "cosine", "linear", "step"))
+    warmup_steps: int = option(
+        0, "Steps over which the learning rate rises from 0.", minimum=0)
+    weight_decay: float | None = option(
+        None, "Decoupled weight decay. none: the optimizer's own.", minimum=0)
+    clip_norm: float | None = option(
+        None, "Bound of the gradient's global norm. none: no clipping.", above=0)
+    accumulate_steps: int = option(
+        1, "Micro-batches in a step; they share --global_batch_size.", minimum=1)
+    ema_decay: float | None = option(
+        None, "Decay of a moving average of the weights. none: no average.",
+        above=0, below=1)
+    early_stop: str | None = _setting(
+        None, "METRIC:PATIENCE stops after PATIENCE evaluations without a better "
+        "validation METRIC and tests the best checkpoint. Losses and errors are better "
+        "when lower, others when higher; METRIC:PATIENCE:min or :max says so.")
+    jit_compile: bool | str = _setting(
+        "auto", "Compile the step with XLA.", choices=("auto",))
+    debug_eager: bool = _setting(
+        False, "Run in Python, step by step, so that print and pdb work.")
+    allow_changed_flags: bool = _setting(
+        False, "Resume although flags that change the mathematics differ.")
+    max_consecutive_skips: int = _setting(
+        50, "Non-finite steps in a row that end the run.", minimum=1)
+    input: str | None = _setting(
+        None, "For predict: an .npz file of arrays by name. none: the test data.")
+    output: str | None = _setting(
+        None, "For predict a file, for export a folder. none: in the workdir.")
+    # fmt: on
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes `name = value` of an inherited field a new default for it."""
+        super().__init_subclass__(**kwargs)
+        for field in dataclasses.fields(cls):  # the decorator has not run: inherited
+            value = vars(cls).get(field.name, field)
+            if not isinstance(value, dataclasses.Field):
+                cls.__annotations__.setdefault(field.name, field.type)
+                new = dataclasses.field(default=value, metadata=field.metadata)
+                setattr(cls, field.name, new)
+
+    def __post_init__(self) -> None:
+        for field in fields_of(type(self)):
+            value = checked(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks fields against each other; a subclass adds its rules after super's.
+
+        Raises:
+            ConfigError: two fields contradict each other.
+        """
+        for first, second in EXCLUSIVE:
+            if None not in (getattr(self, first), getattr(self, second)):
+                raise ConfigError(
+                    f"`{first}` ({getattr(self, first)}) and `{second}` "
+                    f"({getattr(self, second)}) say the same thing: set one at most.",
+                    f"Leave one out, or unset it: --{second}=none.",
+                )
+        stop = parse_early_stop(self.early_stop) if self.early_stop else None
+        if stop and self.mode == "train":
+            raise ConfigError(
+                f"`early_stop` ({self.early_stop}) needs evaluations, and `mode` "
+                "(train) makes none.",
+                "Use --mode=train_and_eval, or --early_stop=none.",
+            )
+
+    def changes_math(self, field: dataclasses.Field) -> bool:
+        """Says whether another value of the field changes what training computes."""
+        if field.name in ("train_steps", "train_epochs"):
+            return self.lr_schedule != "constant"
+        return field.metadata["math"]
+
+
+class EarlyStop(typing.NamedTuple):
+    """The validation metric watched, the evaluations waited, `min` or `max`."""
+
+    metric: str
+    patience: int
+    mode: str
+
+
+def parse_early_stop(text: str) -> EarlyStop:
+    """Reads METRIC:PATIENCE or METRIC:PATIENCE:min|max.
+
+    Raises:
+        ConfigError: the text is not of this form.
+    """
+    metric, patience, mode, *rest = f"{text}::".split(":")
+    mode = mode or better(metric)
+    number = int(patience) if patience.isdecimal() else 0
+    if not metric or number < 1 or mode not in ("min", "max") or any(rest):
+        raise ConfigError(
+            f"`early_stop` ({text}) must be METRIC:PATIENCE, or METRIC:PATIENCE:min or "
+            ":max, with a patience of at least 1.",
+            "Write for example --early_stop=accuracy:5.",
+        )
+    return EarlyStop(metric, number, mode)
+
+
+def better(metric: str) -> str:
+    """Says whether a metric of this name is better at its `min` or its `max`."""
+    return "min" if any(word in metric for word in LOWER_IS_BETTER) else "max"
+
+
+def fields_of(config_class: type[RunConfig]) -> tuple[dataclasses.Field, ...]:
+    """Returns the fields in order, each with its type resolved.
+
+    Raises:
+        ConfigError: the class lacks the decorator, or a field is not an option.
+    """
+    if "__dataclass_fields__" not in vars(config_class):
+        raise ConfigError(
+            f"`{config_class.__qualname__}` is a RunConfig without the dataclass "
+            "decorator: its own settings would be lost.",
+            "Write @dataclasses.dataclass(frozen=True) above the class.",
+        )
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        field.type = hints[field.name]
+        if "help" not in field.metadata or not kinds(field) <= {*KINDS, NoneType}:
+            raise ConfigError(
+                f"`{config_class.__qualname__}.{field.name}` must be an option with "
+                "help, of type bool, int, float, str, or a union of these.",
+                f'Write {field.name}: int = mpl.option(<default>, "<help>").',
+            )
+    return dataclasses.fields(config_class)
+
+
+def merged(config_class: type[RunConfig], *layers: Mapping[str, Any]) -> RunConfig:
+    """Makes a config from layers of values, the later ones winning.
+
+    A layer that sets one field of an exclusive pair unsets the other one of earlier
+    layers: `--train_steps=100` replaces an experiment's own `train_epochs = 20`.
+
+    Raises:
+        ConfigError: a name is unknown, or a value is wrong.
+    """
+    names = [field.name for field in fields_of(config_class)]
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for name in layer:
+            if name not in names:
+                raise ConfigError(f"`{name}` is no setting.", suggestion(name, names))
+        for pair in EXCLUSIVE:
+            for name, other in (pair, pair[::-1]):
+                if layer.get(name) is not None:
+                    values[other] = None
+        values.update(layer)
+    return config_class(**values)

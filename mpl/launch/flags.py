@@ -1,0 +1,153 @@
+"""One absl flag for every field of a config class, in a registry of its own."""
+
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from mpl.errors import ConfigError
+from mpl.launch.config import RunConfig, fields_of
+from mpl.launch.option import kinds, read, rule, suggestion, written
+
+EVERYDAY = (
+    "mode", "workdir", "resume", "data_dir", "policy", "loss_scale", "strategy",
+    "num_devices", "global_batch_size", "train_steps", "train_epochs", "optimizer",
+    "learning_rate", "lr_schedule", "seed",
+)  # fmt: skip
+HELP = ("help", "helpshort", "helpfull")
+HELP_LINES = 60
+
+
+class _Parser(flags.ArgumentParser):
+    """Reads a text by the field's type; the config checks the value."""
+
+    def __init__(self, *, field):  # by keyword: absl keeps no cache of such parsers
+        self.field = field
+        self.syntactic_help = rule(field)
+
+    def parse(self, argument):
+        return read(self.field, argument) if isinstance(argument, str) else argument
+
+
+class _Serializer(flags.ArgumentSerializer):
+    def serialize(self, value):
+        return written(value)
+
+
+def define(
+    config_class: type[RunConfig], defaults: Mapping[str, Any] | None = None
+) -> flags.FlagValues:
+    """Returns a new registry with one flag per field of `config_class`."""
+    values = flags.FlagValues()
+    for field in fields_of(config_class):
+        flag = flags.Flag(
+            _Parser(field=field),
+            _Serializer(),
+            field.name,
+            (defaults or {}).get(field.name, field.default),
+            field.metadata["help"],
+            boolean=kinds(field) == {bool},
+        )
+        flags.DEFINE_flag(flag, values, module_name=config_class.__module__)
+    return values
+
+
+def parse(
+    config_class: type[RunConfig],
+    argv: Sequence[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    program: str = "python <file>",
+    description: str = "",
+) -> dict[str, Any]:
+    """Reads a command line.
+
+    Flags that the process itself has defined through absl (`--verbosity`, a script's
+    own) are read with it.
+
+    Args:
+        config_class: the experiment's settings.
+        argv: the program's name, then its arguments.
+        defaults: values that stand for the fields' own defaults in the help.
+        program: command that starts the program, for the help.
+        description: first line of the help.
+
+    Returns:
+        The values of the flags given, and only of those.
+
+    Raises:
+        ConfigError: a flag is unknown or defined twice, or its text cannot be read.
+        SystemExit: with code 0, after `--help` or `--helpfull`.
+    """
+    own = [field.name for field in fields_of(config_class)]
+    try:
+        values = define(config_class, defaults)
+        for name in HELP:
+            flags.DEFINE_boolean(name, False, "Show help.", values)
+        for name in flags.FLAGS:  # absl's `app` may have defined its own help there
+            if name not in (*HELP, "helpxml") and name == flags.FLAGS[name].name:
+                values[name] = flags.FLAGS[name]
+        rest = values(list(argv))[1:]
+    except flags.UnrecognizedFlagError as error:
+        cause = f"`--{error.flagname}` is no flag of this program."
+        raise ConfigError(cause, suggestion(error.flagname, own)) from error
+    except (flags.Error, ValueError) as error:
+        cause = str(error).replace("\n", " ")
+        raise ConfigError(cause, "--helpfull lists all flags.") from error
+    if rest:
+        cause = f"`{rest[0]}` is an argument without a flag's name."
+        raise ConfigError(cause, "Write --name=value; --helpfull lists all flags.")
+    if values["helpfull"].value:
+        print(full_help(values, own, program, description))
+        sys.exit(0)
+    if values["help"].value or values["helpshort"].value:
+        print(short_help(config_class, values, program, description))
+        sys.exit(0)
+    return {name: values[name].value for name in own if values[name].present}
+
+
+def short_help(
+    config_class: type[RunConfig],
+    values: flags.FlagValues,
+    program: str,
+    description: str = "",
+) -> str:
+    """Returns the everyday flags and the experiment's own, in at most 60 lines."""
+    base = {field.name for field in fields_of(RunConfig)}
+    own = [f.name for f in fields_of(config_class) if f.name not in base]
+    tail = "--flagfile=FILE reads flags from a file; --helpfull shows all flags."
+    lines = _head(program, description)
+    for name in EVERYDAY:
+        lines += _entry(values[name])
+    if own:
+        lines += ["", f"Of {config_class.__qualname__.split('.')[0]}:"]
+    room = HELP_LINES - len(lines) - 2
+    entries = [line for name in own for line in _entry(values[name])]
+    if len(entries) > room:
+        entries = [_entry(values[name])[0] for name in own][:room]
+    return "\n".join(lines + entries + ["", tail])
+
+
+def full_help(
+    values: flags.FlagValues, own: Sequence[str], program: str, description: str = ""
+) -> str:
+    """Returns every flag with its rule, then those that absl has in this process."""
+    lines = _head(program, description)
+    for name in own:
+        lines += _entry(values[name], full=True)
+    absl = flags.FLAGS.get_help()
+    return "\n".join([*lines, "", "Of absl and the libraries:", absl])
+
+
+def _head(program: str, description: str) -> list[str]:
+    first = description.strip().split("\n")[0]
+    return ([first] if first else []) + [f"Usage: {program} [--flag=value ...]", ""]
+
+
+def _entry(flag: flags.Flag, full: bool = False) -> list[str]:
+    text = f"--{flag.name}={written(flag.default)}  {flag.help}"
+    if full or flag.parser.field.metadata["choices"]:
+        text += f" ({flag.parser.syntactic_help})"
+    return textwrap.wrap(text, 88, subsequent_indent="      ")

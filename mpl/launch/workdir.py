@@ -1,0 +1,198 @@
+"""The folder of a run: where it is, the flags it began with, how it goes on."""
+
+import datetime
+import itertools
+import os
+import tempfile
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from mpl.errors import ConfigError
+from mpl.launch.config import TRAINING_MODES, RunConfig, fields_of, merged
+from mpl.launch.option import read, written
+
+RUNS = "runs"
+LATEST = "latest"
+FLAGFILE = "flagfile.txt"
+# What concerns one command and not the run.
+PER_COMMAND = ("workdir", "resume", "allow_changed_flags", "input", "output")
+
+
+def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None:
+    """Returns the folder of the run that a command goes on with; None: a new run.
+
+    Args:
+        config: settings, of which `mode`, `workdir` and `resume` count.
+        experiment: its name.
+        runs: folder of all runs whose folder is not given by hand.
+
+    Raises:
+        ConfigError: the command needs a run, and there is none.
+    """
+    new = config.mode in TRAINING_MODES and not config.resume
+    if config.workdir is None and new:
+        return None
+    path = config.workdir or os.path.join(runs, experiment, LATEST)
+    if tf.io.gfile.exists(os.path.join(path, FLAGFILE)):
+        if config.workdir is None and os.path.islink(path):
+            path = os.path.join(os.path.dirname(path), os.readlink(path))
+        return path
+    if new:
+        return None
+    what = "`resume`" if config.mode in TRAINING_MODES else f"`mode` ({config.mode})"
+    raise ConfigError(
+        f"{what} needs a run of {experiment}, and `workdir` ({path}) holds none.",
+        "Train first (--mode=train_and_eval), or name its folder: --workdir=<folder>.",
+    )
+
+
+def check_writable(path: str) -> None:
+    """Tries a file in `path`, or in its nearest parent that exists; leaves nothing.
+
+    Raises:
+        ConfigError: files cannot be written there.
+    """
+    if "://" in path:
+        return  # an object store answers at the first write
+    folder = os.path.abspath(path)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def create(
+    workdir: str | None,
+    experiment: str,
+    *,
+    now: datetime.datetime | None = None,
+    runs: str = RUNS,
+) -> str:
+    """Makes the folder of a run and returns it.
+
+    Args:
+        workdir: the folder, which may exist; None: a new `<runs>/<experiment>/<time>`,
+            with `latest` beside it pointing to it.
+        experiment: its name.
+        now: time of the start; None: the clock's.
+        runs: folder of all runs.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    try:
+        if workdir is not None:
+            tf.io.gfile.makedirs(workdir)
+            return workdir
+        stamp = f"{now or datetime.datetime.now():%Y%m%d-%H%M%S}"
+        for number in itertools.count():
+            path = os.path.join(runs, experiment, stamp + (f"-{number}" * bool(number)))
+            try:
+                os.makedirs(path)  # fails if another run took the name first
+                break
+            except FileExistsError:
+                continue
+        # Replacing a link is atomic, so that `latest` exists at any time.
+        link = os.path.join(runs, experiment, LATEST)
+        os.symlink(os.path.basename(path), path + ".link")
+        os.replace(path + ".link", link)
+        return path
+    except (OSError, tf.errors.OpError) as error:
+        raise _unwritable(workdir or os.path.join(runs, experiment), error) from error
+
+
+def _unwritable(path: str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    return ConfigError(
+        f"`workdir` ({path}) must be a folder that takes files: {reason}.",
+        "Give another folder: --workdir=<folder>.",
+    )
+
+
+def write_flagfile(workdir: str, config: RunConfig) -> str:
+    """Writes all settings that make the run, and returns the file's path.
+
+    `--flagfile=` of it repeats the run in another folder.
+    """
+    lines = [
+        f"--{field.name}={written(getattr(config, field.name))}\n"
+        for field in fields_of(type(config))
+        if field.name not in PER_COMMAND
+    ]
+    path = os.path.join(workdir, FLAGFILE)
+    with tf.io.gfile.GFile(path + ".new", "w") as file:
+        file.write("".join(lines))
+    tf.io.gfile.rename(path + ".new", path, overwrite=True)
+    return path
+
+
+def read_flagfile(workdir: str) -> dict[str, str]:
+    """Returns the texts that `write_flagfile` wrote, by name, `mode` excepted."""
+    with tf.io.gfile.GFile(os.path.join(workdir, FLAGFILE)) as file:
+        lines = [line.strip() for line in file.read().splitlines()]
+    pairs = [line[2:].partition("=") for line in lines if line.startswith("--")]
+    return {name: text for name, _, text in pairs if name != "mode"}
+
+
+class Change(typing.NamedTuple):
+    """A setting that a run goes on with in another value; `math`: it matters."""
+
+    name: str
+    old: str
+    new: str
+    math: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.old} -> {self.new}"
+
+
+def go_on(
+    config_class: type[RunConfig],
+    record: Mapping[str, str],
+    defaults: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> tuple[RunConfig, list[Change]]:
+    """Makes the config with which a run goes on.
+
+    A setting that the command does not give keeps the run's own value. `policy=auto`
+    too: the run has chosen, and another device must not choose anew.
+
+    Args:
+        config_class: the experiment's settings.
+        record: what `read_flagfile` returned.
+        defaults: values that the program sets in code.
+        given: values that the command gives.
+
+    Returns:
+        The config, and what differs from the record.
+
+    Raises:
+        ConfigError: training would go on with other mathematics, and
+            `allow_changed_flags` is not set.
+    """
+    fields = {field.name: field for field in fields_of(config_class)}
+    old = {name: read(fields[name], record[name]) for name in record if name in fields}
+    new = {n: v for n, v in given.items() if (n, v) != ("policy", "auto")}
+    config = merged(config_class, defaults, old, new)
+    changes = [
+        Change(name, record[name], written(value), config.changes_math(fields[name]))
+        for name in old
+        if (value := getattr(config, name)) != old[name]
+    ]
+    gone = [n for n in record if n not in fields]
+    changes += [Change(name, record[name], "(no such flag)", True) for name in gone]
+    matter = [str(change) for change in changes if change.math]
+    if matter and config.mode in TRAINING_MODES and not config.allow_changed_flags:
+        raise ConfigError(
+            f"Flags that change the mathematics differ from the run's: "
+            f"{'; '.join(matter)}.",
+            "Leave them out to go on as before, add --allow_changed_flags to go on "
+            "with them, or train in another --workdir.",
+        )
+    return config, changes

@@ -1,0 +1,32 @@
+"""In: a step and data. Out: many steps, reported, evaluated, saved, ended in time.
+
+`trainer.py` and `evaluator.py` run blocks of steps, with `inner_loop.py` in common;
+`controller.py` decides what happens between blocks, `actions.py` are things to do there.
+Next: `mpl.record`, state out.
+"""
+
+from mpl.loop.actions import (
+    Conditional,
+    EarlyStopping,
+    EverySecs,
+    EverySteps,
+    ExportSavedModel,
+    NewBestMetric,
+)
+from mpl.loop.evaluator import Evaluator, EvaluatorOptions
+from mpl.loop.inner_loop import EndOfDataError
+from mpl.loop.trainer import Trainer, TrainerOptions
+
+__all__ = [
+    "Conditional",
+    "EarlyStopping",
+    "EndOfDataError",
+    "Evaluator",
+    "EvaluatorOptions",
+    "EverySecs",
+    "EverySteps",
+    "ExportSavedModel",
+    "NewBestMetric",
+    "Trainer",
+    "TrainerOptions",
+]

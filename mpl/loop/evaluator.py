@@ -1,0 +1,129 @@
+"""The inner evaluation loop: many batches for one call from the host."""
+
+import abc
+import dataclasses
+import types
+from typing import Any
+
+import tensorflow as tf
+from absl import logging
+
+from mpl.loop.inner_loop import InnerLoop, iterators_of
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatorOptions:
+    """How an evaluation runs; its results do not depend on it.
+
+    Attributes:
+        use_tf_function: Trace the step; False runs it eagerly, for debugging.
+        use_tf_while_loop: Run all steps as one `tf.while`, where no state is handed
+            from step to step in Python. Needs `use_tf_function`.
+        recreate_iterator_for_each_eval: Begin each evaluation at the first batch; False
+            goes on where the last one stopped, and begins anew once the data ended.
+    """
+
+    use_tf_function: bool = True
+    use_tf_while_loop: bool = True
+    recreate_iterator_for_each_eval: bool = True
+
+
+class Evaluator(tf.Module, metaclass=abc.ABCMeta):
+    """Runs evaluation steps; subclasses define the step (as in Orbit).
+
+        evaluate(num_steps):
+            state = eval_begin()
+            repeat num_steps times:
+                state = eval_reduce(state, eval_step(iterator))
+            return eval_end(state)                 # eval_end() if the state is None
+
+    Where `eval_begin` returns None and `eval_reduce` is not overridden, metrics live in
+    variables and the loop is one `tf.while`; else it is a Python loop, and
+    `eval_reduce` may do anything.
+
+    Args:
+        eval_dataset: A tf.data.Dataset, a distributed one, or a nest of them; None
+            where `make_eval_dataset` is overridden.
+        options: How the loop runs.
+        name: Of the module.
+    """
+
+    def __init__(
+        self,
+        eval_dataset: Any = None,
+        options: EvaluatorOptions | None = None,
+        *,
+        name: str | None = None,
+    ):
+        super().__init__(name=name)
+        # In a plain object: tf.train.Checkpoint would save iterators.
+        self._hidden = types.SimpleNamespace(dataset=eval_dataset, iterators=None)
+        self._hidden.options = options or EvaluatorOptions()
+        self._hidden.loop = InnerLoop(self.eval_step, self._hidden.options)
+
+    @abc.abstractmethod
+    def eval_step(self, iterator: Any) -> Any:
+        """Evaluates one step; cross-replica context, in a tf.function unless eager.
+
+        Args:
+            iterator: Gives a batch for each `next(iterator)`; a nest for a nest of
+                data.
+
+        Returns:
+            What `eval_reduce` takes.
+        """
+
+    def eval_begin(self) -> Any:
+        """Is called first, to reset metrics; may return a first state."""
+
+    def eval_reduce(self, state: Any = None, step_outputs: Any = None) -> Any:
+        """Returns the state after a step, given that before it and its outputs."""
+        return state
+
+    def eval_end(self, *args: Any) -> dict[str, Any] | None:
+        """Returns the results, given the last state if that is not None."""
+
+    def make_eval_dataset(self) -> Any:
+        """Returns the data of an evaluation."""
+        return self._hidden.dataset
+
+    def evaluate(self, num_steps: tf.Tensor | int = -1) -> dict[str, Any] | None:
+        """Evaluates `num_steps` steps; -1: all of the data.
+
+        Raises:
+            EndOfDataError: There was not one batch.
+        """
+        hidden, state = self._hidden, self.eval_begin()
+        in_graph = state is None and type(self).eval_reduce is Evaluator.eval_reduce
+
+        def collect(outputs: Any) -> None:
+            nonlocal state
+            state = self.eval_reduce(state, outputs)
+
+        if hidden.iterators is None:
+            hidden.iterators = iterators_of(self.make_eval_dataset())
+        try:
+            collector = None if in_graph else collect
+            hidden.loop.run(hidden.iterators, num_steps, collect=collector)
+        finally:
+            if hidden.options.recreate_iterator_for_each_eval or hidden.loop.data_ended:
+                hidden.iterators = None
+        if hidden.loop.data_ended and num_steps >= 0:
+            asked = int(num_steps)
+            done = self.steps_done
+            logging.warning("The data ended after %d of %d steps.", done, asked)
+        return self.eval_end() if state is None else self.eval_end(state)
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps the last `evaluate` made."""
+        return self._hidden.loop.steps_done
+
+    @property
+    def eval_dataset(self) -> Any:
+        """The data; new ones begin at their first batch."""
+        return self._hidden.dataset
+
+    @eval_dataset.setter
+    def eval_dataset(self, eval_dataset: Any) -> None:
+        self._hidden.dataset, self._hidden.iterators = eval_dataset, None

@@ -1,0 +1,96 @@
+"""metrics.jsonl: every figure of a run, one JSON object a line."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+class MetricsWriter:
+    """Appends the figures of each report to a file, for programs to read.
+
+    A line holds `step`, `epoch` (steps ÷ batches per epoch), `split`, the values by
+    name, `steps_per_sec` and `examples_per_sec`. What is not known, not measured or
+    not finite is null. A reporter of the loop.
+
+    Args:
+        path: The file, made with its directory by the first line.
+        global_batch_size: Examples a step.
+        batches_per_epoch: Steps an epoch; None where the data has no known end.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        global_batch_size: int,
+        batches_per_epoch: int | None = None,
+    ):
+        self.path = os.fspath(path)
+        self._global_batch_size = global_batch_size
+        self._batches_per_epoch = batches_per_epoch
+
+    def start(self, step: int, total_steps: int | None) -> None:
+        """Deletes the lines of later steps, which a run resumed at `step` redoes."""
+        if not tf.io.gfile.exists(self.path):
+            return
+        with tf.io.gfile.GFile(self.path) as file:
+            lines = file.read().splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        if kept != lines:
+            with tf.io.gfile.GFile(f"{self.path}.tmp", "w") as file:
+                file.write("".join(f"{line}\n" for line in kept))
+            tf.io.gfile.rename(f"{self.path}.tmp", self.path, overwrite=True)
+
+    def train(
+        self, step: int, values: Mapping[str, Any], steps_per_sec: float | None
+    ) -> None:
+        """Writes what training steps since the last report came to."""
+        self._write(step, "train", values, steps_per_sec)
+
+    def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """Writes the result of one evaluation."""
+        self._write(step, split, values, values.get("steps_per_sec"))
+
+    def finish(self, step: int) -> None:
+        """Does nothing: each line is on disk when its report returns."""
+
+    def _write(
+        self,
+        step: int,
+        split: str,
+        values: Mapping[str, Any],
+        steps_per_sec: float | None,
+    ) -> None:
+        per_epoch, speed = self._batches_per_epoch, steps_per_sec
+        line = {
+            **{name: _number(value) for name, value in values.items()},
+            "step": step,
+            "epoch": round(step / per_epoch, 4) if per_epoch else None,
+            "split": split,
+            "steps_per_sec": _number(speed),
+            "examples_per_sec": _number(speed and speed * self._global_batch_size),
+        }
+        first = {name: line[name] for name in ("step", "epoch", "split")}
+        tf.io.gfile.makedirs(os.path.dirname(self.path) or ".")
+        with tf.io.gfile.GFile(self.path, "a") as file:
+            file.write(json.dumps({**first, **line}, allow_nan=False) + "\n")
+
+
+def _number(value: Any) -> float | int | None:
+    """Returns a scalar as JSON can say it: NaN and infinities become None."""
+    if value is None or not math.isfinite(value):
+        return None
+    return int(value) if isinstance(value, (int, np.integer)) else float(value)
+
+
+def _step_of(line: str) -> float:
+    """Returns the step of a line; infinity for one cut off when its writer died."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

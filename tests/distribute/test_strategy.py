@@ -1,0 +1,124 @@
+"""Which devices take part, by name and number; batch sizes that fit them."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from mpl.distribute import check_batch, distribute_dataset, get_strategy
+from mpl.distribute.strategy import choose_devices
+from mpl.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "num_devices", "num_gpus", "chosen"),
+    [
+        ("auto", None, 0, ("one_device", ["CPU:0"])),
+        ("auto", None, 1, ("one_device", ["GPU:0"])),
+        ("auto", None, 2, ("mirrored", ["GPU:0", "GPU:1"])),
+        ("auto", 1, 8, ("one_device", ["GPU:0"])),
+        ("auto", 2, 8, ("mirrored", ["GPU:0", "GPU:1"])),
+        ("auto", 2, 0, ("mirrored", ["CPU:0", "CPU:1"])),
+        ("one_device", None, 8, ("one_device", ["GPU:0"])),
+        ("one_device", 1, 0, ("one_device", ["CPU:0"])),
+        ("mirrored", None, 0, ("mirrored", ["CPU:0"])),
+        ("mirrored", None, 2, ("mirrored", ["GPU:0", "GPU:1"])),
+        ("mirrored", 3, 0, ("mirrored", ["CPU:0", "CPU:1", "CPU:2"])),
+    ],
+)
+def test_choose_devices(name, num_devices, num_gpus, chosen):
+    assert choose_devices(name, num_devices, num_gpus) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "num_devices", "num_gpus", "message"),
+    [
+        ("tpu", None, 0, r"`strategy` \(tpu\) is not part of .*\nUse one of auto, one"),
+        ("parameter_server", 2, 0, "not part of this version"),
+        ("multi_worker_mirrored", None, 0, "not part of this version"),
+        ("mirored", None, 0, r"`strategy` \(mirored\) is unknown.\nUse one of"),
+        ("auto", 0, 0, r"`num_devices` \(0\) must be 1 or more"),
+        ("one_device", 2, 0, r"`num_devices` \(2\) must be 1 with `strategy`"),
+        ("mirrored", 4, 2, r"\(4\) is more than the 2 GPUs .*\nUse at most 2"),
+        ("auto", 2, 1, r"\(2\) is more than the 1 GPUs"),
+    ],
+)
+def test_impossible_devices_are_errors(name, num_devices, num_gpus, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_devices(name, num_devices, num_gpus)
+
+
+def test_get_strategy_on_the_cpu():
+    one = get_strategy()
+    assert isinstance(one, tf.distribute.OneDeviceStrategy)
+    assert one.num_replicas_in_sync == 1
+    mirrored = get_strategy("mirrored", 2)
+    assert isinstance(mirrored, tf.distribute.MirroredStrategy)
+    assert mirrored.num_replicas_in_sync == 2
+
+
+def _run(program):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_logical_cpus_are_made_before_tensorflow_starts():
+    result = _run(
+        "from mpl.distribute.strategy import get_strategy\n"
+        "print(get_strategy('auto', 3).num_replicas_in_sync)\n"
+        "print(get_strategy('mirrored', 2).num_replicas_in_sync)\n"
+    )
+    assert result.stdout.split() == ["3", "2"], result.stderr
+
+
+@pytest.mark.slow
+def test_devices_already_initialised_are_an_error():
+    result = _run(
+        "import tensorflow as tf\n"
+        "from mpl.distribute.strategy import get_strategy\n"
+        "tf.constant(1)\n"
+        "get_strategy('mirrored', 2)\n"
+    )
+    assert result.returncode != 0
+    cause, remedy = result.stderr.splitlines()[-2:]
+    assert "`num_devices` (2) is more than the 1 that TensorFlow has set up" in cause
+    assert "already initialised" in cause
+    assert remedy.startswith("Make the strategy before any tensor")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((100, 8), r"`global_batch_size` \(100\) must be divisible by 8 replicas."
+                   r"\nUse 96 or 104."),
+        ((100, 2, 3), r"by 6 \(2 replicas × 3 micro-batches\).\nUse 96 or 102."),
+        ((3, 4), "Use 4."),
+        ((0, 1), "Use 1."),
+        ((-5, 2), "Use 2."),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_an_error(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_batch(*sizes)
+
+
+def test_a_batch_that_divides_passes():
+    assert check_batch(96, 8) is None
+    assert check_batch(96, 4, 3) is None
+
+
+def test_one_cpu_reads_the_dataset_itself(strategy_of):
+    dataset = tf.data.Dataset.range(8).batch(4, drop_remainder=True)
+    assert distribute_dataset(dataset, strategy_of(1)) is dataset
+    distributed = distribute_dataset(dataset, strategy_of(2))
+    assert isinstance(distributed, tf.distribute.DistributedDataset)
+    first = strategy_of(2).experimental_local_results(next(iter(distributed)))
+    assert [part.numpy().tolist() for part in first] == [[0, 1], [2, 3]]

@@ -1,0 +1,141 @@
+"""The folder of a run: found, made, described, gone on with."""
+
+import dataclasses
+import datetime
+import os
+
+import pytest
+
+from mpl.errors import ConfigError
+from mpl.launch import flags, workdir
+from mpl.launch.config import RunConfig, merged
+from mpl.launch.option import option
+
+NOON = datetime.datetime(2024, 5, 6, 12, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    train_epochs = 20
+    hidden: int = option(64, "Units of the hidden layer.")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return str(tmp_path / "runs")
+
+
+def test_a_new_run_is_named_by_the_time_and_latest_points_to_it(runs):
+    first = workdir.create(None, "digits", now=NOON, runs=runs)
+    second = workdir.create(None, "digits", now=NOON, runs=runs)
+    assert first == os.path.join(runs, "digits", "20240506-120000")
+    assert second == first + "-1"
+    assert os.readlink(os.path.join(runs, "digits", "latest")) == "20240506-120000-1"
+    assert sorted(os.listdir(os.path.join(runs, "digits"))) == [
+        "20240506-120000", "20240506-120000-1", "latest",
+    ]  # fmt: skip
+
+
+def test_a_folder_given_by_hand_may_exist_and_moves_no_link(tmp_path, runs):
+    path = str(tmp_path / "a" / "b")
+    assert workdir.create(path, "digits", runs=runs) == path
+    assert workdir.create(path, "digits", runs=runs) == path
+    assert os.path.isdir(path) and not os.path.exists(runs)
+
+
+def test_finding_a_run(tmp_path, runs):
+    def find(**settings):
+        return workdir.find_run(RunConfig(**settings), "digits", runs)
+
+    assert find() is None  # training: a new run
+    by_hand = str(tmp_path / "mine")
+    assert find(workdir=by_hand) is None
+    for settings in ({"resume": True}, {"mode": "eval"}, {"mode": "predict"},
+                     {"mode": "export"}, {"mode": "eval", "workdir": by_hand},
+                     {"resume": True, "workdir": by_hand}):  # fmt: skip
+        with pytest.raises(ConfigError, match="needs a run of digits") as caught:
+            find(**settings)
+        assert "--mode=train_and_eval" in caught.value.remedy
+    made = workdir.create(None, "digits", now=NOON, runs=runs)
+    workdir.write_flagfile(made, RunConfig())
+    assert find() is None
+    assert find(resume=True) == find(mode="eval") == made
+    workdir.write_flagfile(workdir.create(by_hand, "digits"), RunConfig())
+    assert find(workdir=by_hand) == find(workdir=by_hand, mode="eval") == by_hand
+
+
+def test_an_unwritable_folder_is_refused_and_nothing_is_left(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path in (file, file / "below" / "it"):
+        with pytest.raises(ConfigError, match="`workdir` .* must be a folder"):
+            workdir.check_writable(str(path))
+        with pytest.raises(ConfigError, match="`workdir` .* must be a folder"):
+            workdir.create(str(path), "digits")
+    workdir.check_writable(str(tmp_path / "new" / "deep"))
+    assert os.listdir(tmp_path) == ["file"] and file.read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_the_link_is_an_error(runs):
+    os.makedirs(os.path.join(runs, "digits", "latest"))
+    with pytest.raises(ConfigError, match="must be a folder that takes files"):
+        workdir.create(None, "digits", runs=runs)
+
+
+def test_the_flagfile_repeats_the_run_without_its_folder(tmp_path):
+    config = merged(Config, {}, dict(
+        train_steps=7, hidden=3, learning_rate=1e-5, mode="all", data_dir=str(tmp_path),
+        workdir="x", resume=True, allow_changed_flags=True, input="i", output="o",
+    ))  # fmt: skip
+    path = workdir.write_flagfile(str(tmp_path), config)
+    assert os.listdir(tmp_path) == ["flagfile.txt"]
+    again = merged(Config, {}, flags.parse(Config, ["program", f"--flagfile={path}"]))
+    assert again == dataclasses.replace(
+        config, workdir=None, resume=False, allow_changed_flags=False, input=None,
+        output=None,
+    )  # fmt: skip
+
+
+def record_of(tmp_path, **settings):
+    workdir.write_flagfile(str(tmp_path), merged(Config, {}, settings))
+    return workdir.read_flagfile(str(tmp_path))
+
+
+def test_going_on_keeps_what_the_command_does_not_give(tmp_path):
+    record = record_of(tmp_path, hidden=3, train_steps=7, policy="float32", mode="all")
+    given = {"policy": "auto", "hidden": 3}
+    config, changes = workdir.go_on(Config, record, {"hidden": 5}, given)
+    assert (config.hidden, config.train_steps, config.train_epochs) == (3, 7, None)
+    assert (config.policy, config.mode, changes) == ("float32", "train_and_eval", [])
+
+
+def test_changes_are_listed_and_those_of_the_mathematics_need_leave(tmp_path):
+    record = record_of(tmp_path, train_steps=7)
+    given = {"train_steps": 9, "log_every_steps": 3}
+    config, changes = workdir.go_on(Config, record, {}, given)
+    assert [*map(str, changes)] == ["train_steps 7 -> 9", "log_every_steps none -> 3"]
+    assert config.train_steps == 9
+
+    given = {"seed": 1, "hidden": 2, "num_devices": 2}
+    with pytest.raises(ConfigError) as caught:
+        workdir.go_on(Config, record, {}, given)
+    assert caught.value.cause.endswith("the run's: seed 0 -> 1; hidden 64 -> 2.")
+    assert "--allow_changed_flags" in caught.value.remedy
+    config, changes = workdir.go_on(
+        Config, record, {}, {**given, "allow_changed_flags": True}
+    )
+    assert len(changes) == 3 and config.hidden == 2
+    config, changes = workdir.go_on(Config, record, {}, {**given, "mode": "eval"})
+    assert len(changes) == 3
+
+
+def test_the_length_matters_to_a_schedule(tmp_path):
+    record = record_of(tmp_path, train_epochs=2, lr_schedule="cosine")
+    with pytest.raises(ConfigError, match="train_epochs 2 -> 3"):
+        workdir.go_on(Config, record, {}, {"train_epochs": 3})
+
+
+def test_a_flag_that_exists_no_more_is_a_change(tmp_path):
+    record = {**record_of(tmp_path), "depth": "3"}
+    with pytest.raises(ConfigError, match="depth 3 -> .no such flag."):
+        workdir.go_on(Config, record, {}, {})
