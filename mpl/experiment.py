@@ -196,9 +196,10 @@ class Experiment:
                 config.loss_scale, self.policy
             )
             self.optimizer = _each(self._wrap_optimizer, self.weights)
-            self.global_step = _host_counter("global_step")
             self._train_metrics = metrics_lib.Metrics(self.metrics())
             self._eval_metrics = metrics_lib.Metrics(self.metrics())
+        # Outside the scope: the host counts steps, not the replicas.
+        self.global_step = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.trainer = _Trainer(self)
         self.evaluators = {
             split: _Evaluator(self, split)
@@ -489,13 +490,6 @@ def _each(function: Callable, value: Any) -> Any:
 
 def _values(value: Any) -> list:
     return list(value.values()) if isinstance(value, Mapping) else [value]
-
-
-def _host_counter(name: str) -> tf.Variable:
-    return tf.Variable(
-        0, dtype=tf.int64, trainable=False, name=name,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-    )
 
 
 def _use_xla(jit_compile: bool | str, replicas: int) -> bool:

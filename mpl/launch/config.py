@@ -190,6 +190,13 @@ class RunConfig:
                     f"({getattr(self, second)}) say the same thing: set one at most.",
                     f"Leave one out, or unset it: --{second}=none.",
                 )
+        for name, mode in (("input", "predict"), ("output", "predict, export")):
+            if getattr(self, name) is not None and self.mode not in mode.split(", "):
+                raise ConfigError(
+                    f"`{name}` ({getattr(self, name)}) goes with `mode` {mode} only, "
+                    f"not with {self.mode}.",
+                    f"Leave it out, or use --mode={mode.split(', ')[0]}.",
+                )
         stop = parse_early_stop(self.early_stop) if self.early_stop else None
         if stop and self.mode == "train":
             raise ConfigError(

@@ -1,7 +1,7 @@
 """In: a step and data. Out: many steps, reported, evaluated, saved, ended in time.
 
 `trainer.py` and `evaluator.py` run blocks of steps, with `inner_loop.py` in common;
-`controller.py` decides what happens between blocks, `actions.py` are things to do there.
+`controller.py` decides what happens between blocks, `actions.py` holds what may.
 Next: `mpl.record`, state out.
 """
 
@@ -13,12 +13,14 @@ from mpl.loop.actions import (
     ExportSavedModel,
     NewBestMetric,
 )
+from mpl.loop.controller import Controller, Reporter
 from mpl.loop.evaluator import Evaluator, EvaluatorOptions
 from mpl.loop.inner_loop import EndOfDataError
 from mpl.loop.trainer import Trainer, TrainerOptions
 
 __all__ = [
     "Conditional",
+    "Controller",
     "EarlyStopping",
     "EndOfDataError",
     "Evaluator",
@@ -27,6 +29,7 @@ __all__ = [
     "EverySteps",
     "ExportSavedModel",
     "NewBestMetric",
+    "Reporter",
     "Trainer",
     "TrainerOptions",
 ]

@@ -89,7 +89,7 @@ class NewBestMetric(tf.Module):
     def __init__(self, metric: str | Callable[[Any], Any], mode: str = "max"):
         super().__init__()
         if mode not in ("max", "min"):
-            raise ConfigError(f"`mode` ({mode}) must be max or min.", "Use one of those.")
+            raise ConfigError(f"`mode` ({mode}) must be max or min.", "Use either.")
         self._metric, self._sign = metric, 1.0 if mode == "max" else -1.0
         with tf.device("CPU"):
             worst = tf.constant(-self._sign * float("inf"), tf.float64)

@@ -1,13 +1,10 @@
 """The outer loop: what happens between blocks of steps, and when."""
 
-import contextlib
-import importlib.util
+import functools
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -17,19 +14,19 @@ from mpl.errors import CheckpointError, ConfigError
 from mpl.loop.actions import Action
 from mpl.loop.evaluator import Evaluator
 from mpl.loop.inner_loop import EndOfDataError
+from mpl.loop.interrupt import Interrupt
+from mpl.loop.summaries import Summaries
 from mpl.loop.trainer import Trainer
 
-_AT_BOUNDARIES = ("log", "summary", "evaluation", "checkpoint")
 
-
-class Reporter:
+class Reporter(Protocol):
     """Hears what a `Controller` does. Override what you want to hear."""
 
     def start(self, step: int, total_steps: int | None) -> None:
         """Training starts at `step`, up to `total_steps`; None: to the data's end."""
 
     def train(self, step: int, values: Mapping[str, Any], steps_per_sec: float) -> None:
-        """Values of the steps since the last call, at each multiple of the log interval.
+        """Values of the steps since the last call, at multiples of the log interval.
 
         Args:
             step: `global_step`.
@@ -71,7 +68,7 @@ class Controller:
         eval_actions: Called with the output of each evaluation, as `evaluate` returns
             it. An action of either kind whose `stopped` is true ends training.
         steps_per_loop: No block crosses its multiples: the most steps between two looks
-            at the host. A function of the step gives the greatest length of a block.
+            at the host; None: 100. A function of the step gives the longest block.
         log_every_steps: None: after every block.
         eval_every_steps: None: `train_and_evaluate` evaluates at the end only.
         checkpoint_manager: A `tf.train.CheckpointManager`, or another object with
@@ -79,11 +76,11 @@ class Controller:
         checkpoint_every_steps: None: the manager's `checkpoint_interval` if it has one,
             else at the end only.
         summary_interval: None: where values are logged. `tf.summary` calls in
-            `train_step` write at its multiples only.
+            `train_step` write at its multiples only, and never if it is None.
         summary_dir: Where summaries of training are written, for TensorBoard.
         eval_summary_dir: Where those of evaluation are; None: `summary_dir`. With
             evaluators by name, each has a folder there.
-        reporters: Hear of values and results; none: they are logged.
+        reporters: Hear of values and results.
         after_restore: Called when a checkpoint was restored.
         clock: Gives seconds.
 
@@ -100,7 +97,7 @@ class Controller:
         strategy: tf.distribute.Strategy | None = None,
         train_actions: Sequence[Action] | None = None,
         eval_actions: Sequence[Action] | None = None,
-        steps_per_loop: int | Callable[[int], int] = 100,
+        steps_per_loop: int | Callable[[int], int] | None = None,
         log_every_steps: int | None = None,
         eval_every_steps: int | None = None,
         checkpoint_manager: Any = None,
@@ -108,22 +105,345 @@ class Controller:
         summary_interval: int | None = None,
         summary_dir: str | None = None,
         eval_summary_dir: str | None = None,
-        reporters: Sequence[Reporter] | None = None,
+        reporters: Sequence[Reporter] = (),
         after_restore: Callable[[], Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         if trainer is None and evaluator is None:
-            raise ConfigError(
-                "`trainer` and `evaluator` are both None.", "Give one of them, or both."
-            )
-        if checkpoint_every_steps is None:
-            checkpoint_every_steps = getattr(
-                checkpoint_manager, "checkpoint_interval", None
-            )
+            cause = "`trainer` and `evaluator` are both None."
+            raise ConfigError(cause, "Give one of them, or both.")
+        if checkpoint_every_steps is None:  # a manager of TensorFlow's may have one
+            interval = getattr(checkpoint_manager, "checkpoint_interval", None)
+            checkpoint_every_steps = interval
+        self._block_limit = None
+        if callable(steps_per_loop):
+            self._block_limit, steps_per_loop = steps_per_loop, None
+        elif steps_per_loop is None:
+            steps_per_loop = 100
         self._intervals = {
             "steps_per_loop": steps_per_loop,
             "log_every_steps": log_every_steps,
-            "summary_interval": summary_interval,
             "eval_every_steps": eval_every_steps,
             "checkpoint_every_steps": checkpoint_every_steps,
+            "summary_interval": summary_interval,
         }
+        for name, value in self._intervals.items():
+            _check_interval(name, value)
+        self.global_step, self.strategy = global_step, strategy
+        self.trainer: Any = trainer
+        self.evaluator: Any = evaluator
+        self.train_actions = tuple(train_actions or ())
+        self.eval_actions = tuple(eval_actions or ())
+        self.checkpoint_manager, self.reporters = checkpoint_manager, tuple(reporters)
+        self.stop_training, self._interrupt = False, Interrupt()
+        self._summary_dir = summary_dir
+        self._eval_summary_dir = eval_summary_dir or summary_dir
+        self._summaries = Summaries(global_step)
+        self._after_restore, self._clock = after_restore, clock
+        self._saved_at: int | None = None
+        self._steps, self._secs = 0, 0.0  # in blocks since the last log
+
+    def train(self, steps: int, checkpoint_at_completion: bool = True) -> None:
+        """Trains until `global_step` is `steps`; -1: to the end of the data.
+
+        Raises:
+            EndOfDataError: The data ended before; what was trained is saved.
+            NonFiniteError: The trainer gave up, see `Trainer.nonfinite_error`.
+            ConfigError: `global_step` did not advance by 1 a step.
+        """
+        self._run(steps, checkpoint_at_completion)
+
+    def train_and_evaluate(
+        self, train_steps: int, eval_steps: int = -1, eval_interval: int | None = None
+    ) -> dict[str, Any]:
+        """Trains as `train` does; evaluates at multiples of an interval and at the end.
+
+        Args:
+            train_steps: Value of `global_step` to train to; -1: to the end of the data.
+            eval_steps: Steps of an evaluation; -1: all of the data.
+            eval_interval: Steps between evaluations; None: `eval_every_steps`.
+
+        Returns:
+            The last results, as `evaluate` does.
+        """
+        self._need("evaluator")
+        _check_interval("eval_interval", eval_interval)
+        interval = eval_interval or self._intervals["eval_every_steps"]
+        evaluate = functools.partial(self.evaluate, eval_steps)
+        return self._run(train_steps, True, evaluate, interval)
+
+    def evaluate(self, steps: int = -1) -> dict[str, Any]:
+        """Evaluates the model as it is.
+
+        Args:
+            steps: Steps for each evaluation set; -1: all of its data.
+
+        Returns:
+            Results by name, numbers and NumPy arrays ("a/b" for nested ones); with
+            evaluators by name a dict of them by that name.
+        """
+        self._need("evaluator")
+        if steps < 1 and steps != -1:
+            cause = f"`steps` ({steps}) must be 1 or more, or -1."
+            raise ConfigError(cause, "Use -1 for all of the data.")
+        step, results = int(self.global_step.numpy()), {}
+        is_named = isinstance(self.evaluator, Mapping)
+        named = self.evaluator if is_named else {"validation": self.evaluator}
+        for split, evaluator in named.items():
+            directory = self._eval_summary_dir
+            if directory and is_named:
+                directory = os.path.join(directory, split)
+            start = self._clock()
+            with self._summaries.to(directory):
+                output = evaluator.evaluate(tf.constant(steps, tf.int64))
+            results[split] = _on_host(output)
+            secs = max(self._clock() - start, 1e-9)
+            values = {**results[split], "steps_per_sec": evaluator.steps_done / secs}
+            for reporter in self.reporters:
+                reporter.evaluation(step, split, values)
+            self._summaries.write(directory, values)
+        output = results if is_named else results["validation"]
+        self._act(self.eval_actions, output)
+        return output
+
+    def evaluate_continuously(
+        self,
+        steps: int = -1,
+        timeout: float | None = None,
+        timeout_fn: Callable[[], bool] | None = None,
+    ) -> dict[str, Any]:
+        """Restores and evaluates each new checkpoint of the manager's directory.
+
+        Args:
+            steps: Steps of an evaluation; -1: all of the data.
+            timeout: Seconds to wait for the next checkpoint; None: for ever.
+            timeout_fn: Called after a time-out; true ends the waiting.
+
+        Returns:
+            The last results, as `evaluate` does.
+
+        Raises:
+            CheckpointError: No checkpoint appeared.
+        """
+        self._need("evaluator")
+        self._need("checkpoint_manager")
+        directory, output = self.checkpoint_manager.directory, None
+        for path in tf.train.checkpoints_iterator(
+            directory, timeout=timeout, timeout_fn=timeout_fn
+        ):
+            self.restore_checkpoint(path)
+            output = self.evaluate(steps)
+        if output is None:
+            cause = f"No checkpoint appeared in `{directory}` in {timeout} seconds."
+            raise CheckpointError(cause, "Look whether training writes there, or wait.")
+        return output
+
+    def restore_checkpoint(self, path: str | None = None) -> str | None:
+        """Restores a checkpoint; training goes on with the data that follow it.
+
+        Args:
+            path: Of a checkpoint; None: the latest.
+
+        Returns:
+            The path restored; None when there is no checkpoint yet.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold these objects.
+        """
+        self._need("checkpoint_manager")
+        with (self.strategy or tf.distribute.get_strategy()).scope():
+            if isinstance(self.checkpoint_manager, tf.train.CheckpointManager):
+                path = _restore(self.checkpoint_manager, path)
+            else:
+                path = self.checkpoint_manager.restore(path)
+        if path is not None:
+            logging.info("Restored %s.", path)
+            if self.trainer is not None:
+                self.trainer.reset_iterator()
+            if self._after_restore is not None:
+                self._after_restore()
+            self._saved_at = int(self.global_step.numpy())
+        return path
+
+    def save_checkpoint(self) -> str:
+        """Saves a checkpoint, whatever the intervals; returns its path."""
+        self._need("checkpoint_manager")
+        self._saved_at = int(self.global_step.numpy())
+        if isinstance(self.checkpoint_manager, tf.train.CheckpointManager):
+            path = self.checkpoint_manager.save(self._saved_at, check_interval=False)
+        else:
+            path = self.checkpoint_manager.save(self._saved_at)
+        logging.info("Saved %s.", path)
+        return path
+
+    def _run(
+        self,
+        steps: int,
+        save: bool,
+        evaluate: Callable[[], dict[str, Any]] = dict,
+        eval_interval: int | None = None,
+    ) -> dict[str, Any]:
+        """Runs blocks of steps and after each what is due; returns the last results."""
+        self._need("trainer")
+        step = first = int(self.global_step.numpy())
+        output: dict[str, Any] = {}
+        results: dict[str, Any] = {}
+        evaluated_at, ended = None, False
+        self.stop_training, self._steps, self._secs = False, 0, 0.0
+        self._act(self.train_actions + self.eval_actions, None)
+        intervals = {**self._intervals, "eval_every_steps": eval_interval}
+
+        def goes_on() -> bool:
+            stops = ended or self.stop_training or self._interrupt.requested
+            return not stops and (steps < 0 or step < steps)
+
+        for reporter in self.reporters:
+            reporter.start(step, None if steps < 0 else steps)
+        try:
+            with self._interrupt:
+                while goes_on():
+                    try:
+                        output = self._block(step, steps, intervals)
+                    except EndOfDataError:
+                        if step == first:
+                            raise
+                        ended = True
+                        break
+                    step += self.trainer.steps_done
+                    ended = self.trainer.data_ended
+                    self._act(self.train_actions, output)
+                    if not goes_on():
+                        break  # all is done below
+                    due = _due(step, intervals)
+                    self._report(step, output, due)
+                    if "eval_every_steps" in due:
+                        results, evaluated_at = evaluate(), step
+                    if "checkpoint_every_steps" in due:
+                        self._save_once(step)
+                too_short = ended and step < steps
+                self._report(step, output, _due(step, intervals) | {"log_every_steps"})
+                if evaluated_at != step and not (too_short or self._interrupt.requested):
+                    results = evaluate()
+                if save or self._interrupt.requested:
+                    self._save_once(step)
+        finally:
+            for reporter in self.reporters:
+                reporter.finish(step)
+            self._summaries.flush()
+        if self._interrupt.requested:
+            raise KeyboardInterrupt(f"Interrupted after step {step}.")
+        if too_short:
+            cause = f"The training data ended after step {step} of {steps}."
+            raise EndOfDataError(cause, "Repeat them, or train for -1 steps.")
+        return results
+
+    def _block(
+        self, step: int, steps: int, intervals: Mapping[str, int | None]
+    ) -> dict[str, Any]:
+        """Runs the steps up to the nearest boundary; returns the output."""
+        lengths = [n - step % n for n in intervals.values() if n]
+        if self._block_limit is not None:
+            lengths.append(max(1, int(self._block_limit(step))))
+        length = min(lengths + [steps - step] * (steps >= 0))
+        start = self._clock()
+        with self._summaries.to(self._summary_dir, intervals["summary_interval"]):
+            output = self.trainer.train(tf.constant(length, tf.int64))
+        done = self.trainer.steps_done
+        step += done
+        is_due = _due(step, intervals) - {"steps_per_loop"}
+        if is_due or step == steps or done < length:
+            self._check(step, done)  # waits for the devices: the time is training's
+        self._steps += done
+        self._secs += self._clock() - start
+        return output or {}
+
+    def _check(self, step: int, done: int) -> None:
+        """Compares `global_step` with the steps run, and heeds `should_stop`."""
+        actual = int(self.global_step.numpy())
+        if actual != step:
+            raise ConfigError(
+                f"`global_step` ({actual}) must be {step}, as many steps as were run.",
+                "Add 1 to it in each `train_step`, and nowhere else.",
+            )
+        stop = self.trainer.should_stop()
+        if stop is not None and bool(stop):
+            error = self.trainer.nonfinite_error()
+            if error is not None:
+                raise error
+            self.stop_training = True
+        elif not done:
+            cause = f"`trainer.train` made no step at step {step}."
+            raise EndOfDataError(cause, "It must make at least one.")
+
+    def _report(self, step: int, output: Any, due: set[str]) -> None:
+        """Logs and summarises the steps since the last log."""
+        if not self._steps or not due & {"log_every_steps", "summary_interval"}:
+            return
+        values = _on_host({**output, **self.trainer.report()})
+        steps_per_sec = self._steps / max(self._secs, 1e-9)
+        if "summary_interval" in due:
+            rate = {"steps_per_sec": steps_per_sec}
+            self._summaries.write(self._summary_dir, {**values, **rate})
+        if "log_every_steps" in due:
+            for reporter in self.reporters:
+                reporter.train(step, values, steps_per_sec)
+            self.trainer.reset_metrics()
+            self._steps, self._secs = 0, 0.0
+
+    def _act(self, actions: Sequence[Action], output: Any) -> None:
+        """Calls actions, if there is an output, and heeds those that have `stopped`."""
+        for action in actions:
+            if output is not None:
+                action(output)
+            self.stop_training |= bool(getattr(action, "stopped", False))
+
+    def _save_once(self, step: int) -> None:
+        if self.checkpoint_manager is not None and self._saved_at != step:
+            self.save_checkpoint()
+
+    def _need(self, argument: str) -> None:
+        if getattr(self, argument) is None:
+            cause = f"`{argument}` is None, and this method needs it."
+            raise ConfigError(cause, f"Give `{argument}` to the Controller.")
+
+
+def _due(step: int, intervals: Mapping[str, int | None]) -> set[str]:
+    """Returns the names of the intervals of which `step` is a multiple."""
+    due = {name for name, n in intervals.items() if n and step % n == 0}
+    if intervals["log_every_steps"] is None:
+        due.add("log_every_steps")
+    if intervals["summary_interval"] is None and "log_every_steps" in due:
+        due.add("summary_interval")
+    return due
+
+
+def _check_interval(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        cause = f"`{name}` ({value}) must be a whole number, 1 or more."
+        raise ConfigError(cause, "Give a number of steps, or None for the default.")
+
+
+def _restore(manager: tf.train.CheckpointManager, path: str | None) -> str | None:
+    """Restores by TensorFlow's manager, and looks whether everything was found."""
+    path = path or manager.latest_checkpoint
+    if path is None:
+        return manager.restore_or_initialize()  # calls its init_fn
+    try:
+        manager.checkpoint.restore(path).assert_existing_objects_matched()
+    except AssertionError as error:
+        cause = f"`{path}` does not hold all that is to be restored: {error}"
+        remedy = "Restore it with the settings that it was written with."
+        raise CheckpointError(cause, remedy) from error
+    return path
+
+
+def _on_host(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
+    """Returns nested dicts of tensors as one of numbers and arrays, named "a/b"."""
+    host: dict[str, Any] = {}
+    for name, value in (values or {}).items():
+        if isinstance(value, Mapping):
+            host.update(_on_host(value, f"{prefix}{name}/"))
+        else:
+            array = np.asarray(value)
+            host[prefix + name] = array if array.ndim else array.item()
+    return host

@@ -320,11 +320,20 @@ class LossScaleOptimizer(tf.Module):
         return {"loss_scale": self.loss_scale} if save_type == "checkpoint" else {}
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
-        return {"counts": self._counts.read_value(), **self.export_slots()}
+        seeds = {key: tf.convert_to_tensor(v) for key, v in self._seeds().items()}
+        return {"counts": self._counts.read_value(), **seeds, **self.export_slots()}
 
     def _restore_from_tensors(self, restored: Mapping[str, tf.Tensor]) -> None:
         self._counts.assign(restored["counts"])
+        for key, variable in self._seeds().items():
+            variable.assign(restored[key])
         self._import(restored)
+
+    def _seeds(self) -> dict[str, tf.Variable]:
+        """Returns the model's seeds: TensorFlow does not find them in Keras layers."""
+        state = self.weights.state if self.weights else []
+        return {slots_lib.entry_key("seed", entry.key): entry.value
+                for entry in state if entry.is_seed}
 
     def export_slots(self) -> dict[str, tf.Tensor]:
         """Returns slots and averages, one entry per variable."""

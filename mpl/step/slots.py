@@ -93,7 +93,7 @@ class Slots:
 
     def _named_others(self) -> list[tuple[str, keras.Variable]]:
         names = binding_lib.canonical_names([v.name for v in self._others])
-        return [(f"optimizer/{name}", v) for name, v in zip(names, self._others)]
+        return [(entry_key("optimizer", n), v) for n, v in zip(names, self._others)]
 
 
 def by_entry(name: str, bucket: Any, packed: tf.Variable) -> dict[str, tf.Tensor]:

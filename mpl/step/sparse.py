@@ -18,9 +18,18 @@ def lookup(layer: keras.layers.Embedding, table: tf.Variable | tf.Tensor) -> Cal
 
     def call(inputs: tf.Tensor) -> tf.Tensor:
         ids = inputs if inputs.dtype.is_integer else tf.cast(inputs, tf.int32)
-        return tf.cast(tf.gather(table, ids), layer.compute_dtype)
+        return tf.cast(_gather(table, ids), layer.compute_dtype)
 
     return call
+
+
+def _gather(table: tf.Variable | tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+    if not isinstance(table, tf.Variable):
+        return tf.gather(table, ids)
+    # tf.gather would read a mirrored variable as a whole first.
+    return tf.raw_ops.ResourceGather(
+        resource=table.handle, indices=ids, dtype=table.dtype
+    )
 
 
 def sum_duplicates(slices: tf.IndexedSlices) -> tf.IndexedSlices:
@@ -75,7 +84,7 @@ def _sgd(inner, gradient, ids, slots):
 
 
 def _adagrad(inner, gradient, ids, slots):
-    total = tf.gather(slots["accumulator"], ids) + tf.square(gradient)
+    total = _gather(slots["accumulator"], ids) + tf.square(gradient)
     slots["accumulator"].scatter_update(tf.IndexedSlices(total, ids))
     return gradient / tf.sqrt(total + inner.epsilon)
 
@@ -83,9 +92,9 @@ def _adagrad(inner, gradient, ids, slots):
 def _lazy_adam(inner, gradient, ids, slots):
     """Adam whose moments decay only when their row is touched."""
     step = tf.cast(inner.iterations + 1, gradient.dtype)
-    first = tf.gather(slots["momentum"], ids)
+    first = _gather(slots["momentum"], ids)
     first += (gradient - first) * (1 - inner.beta_1)
-    second = tf.gather(slots["velocity"], ids)
+    second = _gather(slots["velocity"], ids)
     second += (tf.square(gradient) - second) * (1 - inner.beta_2)
     slots["momentum"].scatter_update(tf.IndexedSlices(first, ids))
     slots["velocity"].scatter_update(tf.IndexedSlices(second, ids))

@@ -133,7 +133,8 @@ def test_no_data_is_an_error(mode):
 
 
 def test_checkpoints_hold_no_iterator(tmp_path):
-    evaluator = Mean(numbers(3), EvaluatorOptions(recreate_iterator_for_each_eval=False))
+    options = EvaluatorOptions(recreate_iterator_for_each_eval=False)
+    evaluator = Mean(numbers(3), options)
     evaluator.evaluate(1)
     path = tf.train.Checkpoint(evaluator=evaluator).save(str(tmp_path / "ckpt"))
     names = [name for name, _ in tf.train.list_variables(path) if "evaluator" in name]

@@ -137,6 +137,7 @@ def test_class_follows_its_docstring(strategy_of, replicas, compiled, merged):
     named = {v.name.split(":")[0]: v for v in loss_scale.variables}
     variables = (named["scale"], named["good_steps"], named["bad_steps"])
     for variable, value in zip(variables, expected[-1]):
+        assert variable.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
         copies = strategy.experimental_local_results(variable)
         assert len(copies) == max(replicas, 1)
         assert [copy.numpy() for copy in copies] == [value] * len(copies)
@@ -302,6 +303,12 @@ def test_all_inactive_sharers_change_nothing():
     assert float(loss_scale.value) == 8.0
     loss_scale.adjust_shared(second, True)
     assert float(loss_scale.value) == 16.0
+
+
+def test_nobody_registered_is_one():
+    loss_scale = DynamicLossScale(initial=8.0)
+    loss_scale.adjust_shared(0, False)
+    assert float(loss_scale.value) == 4.0
 
 
 def test_registering_after_the_first_step_is_an_error():

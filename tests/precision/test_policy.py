@@ -290,6 +290,7 @@ class Pair(keras.layers.Layer):
         self.others = [keras.layers.Dense(3), {"deep": (keras.layers.Dense(3),)}]
 
     def build(self, input_shape):
+        self.calls = self.add_weight(dtype="int32", trainable=False, name="calls")
         for layer in (self.first, self.others[0], self.others[1]["deep"][0]):
             layer.build(input_shape)
 
@@ -343,10 +344,31 @@ def test_wrapping_keeps_masks_training_and_weights():
     assert len(statistics) == 1 and np.any(statistics[0] != 0)
 
 
+@pytest.mark.parametrize("output", ["float32", "bfloat16"])
+def test_masks_outlive_the_cast_of_the_output(output):
+    embedded = keras.layers.Embedding(10, 3, mask_zero=True)(IDS)
+    policy = get_policy(f"c=bf16,o={output}")
+    lstm = policy.wrap(keras.layers.LSTM(2, return_sequences=True))
+    np.testing.assert_array_equal(lstm(embedded)._keras_mask, IDS != 0)
+    pooled = policy.wrap(keras.layers.LSTM(2))(embedded)
+    assert getattr(pooled, "_keras_mask", None) is None
+    ids = policy.wrap(keras.layers.Embedding(10, 3, mask_zero=True))(IDS)
+    np.testing.assert_array_equal(ids._keras_mask, IDS != 0)
+
+
+def test_layers_that_hold_each_other():
+    one, two = keras.layers.Dense(1), keras.layers.Dense(1)
+    one.partner, two.partner = two, one
+    get_policy("float16").wrap(one)
+    assert (one.compute_dtype, two.compute_dtype) == ("float16", "float16")
+
+
 def test_training_given_by_hand_reaches_the_layer():
     layer = get_policy("float32").wrap(keras.layers.Dropout(0.5))
     assert 0.0 in layer(tf.ones([20]), training=True).numpy()
     np.testing.assert_array_equal(layer(tf.ones([20]), training=False), np.ones(20))
+    dense = get_policy("float32").wrap(keras.layers.Dense(1))  # takes no `training`
+    assert dense(tf.ones([2, 2]), training=True).shape == [2, 1]
 
 
 @pytest.mark.parametrize("name", ["float32", "mixed_float16", "bfloat16"])

@@ -97,24 +97,29 @@ class Step:
 
         return self.strategy.run(replica_step, args=(batch, bad))
 
-    def __call__(self, batch, bad=None):
-        """Runs a step on a global batch; `bad[r]` is added to replica r's gradient."""
+    def _arguments(self, batch, bad=None):
+        """Splits a global batch over the replicas, in order."""
         replicas = self.strategy.num_replicas_in_sync
         bad = np.zeros(replicas, np.float32) if bad is None else np.asarray(bad)
+        parts = [{key: np.array_split(value, replicas)[r] for key, value in batch.items()}
+                 for r in range(replicas)]
         if replicas == 1:
-            loss = self._run(batch, tf.constant(bad[0], tf.float32))
-            return float(self.strategy.experimental_local_results(loss)[0])
-        parts = [
-            {key: value[r::replicas] if False else np.array_split(value, replicas)[r]
-             for key, value in batch.items()} for r in range(replicas)]
-        distributed = self.strategy.experimental_distribute_values_from_function(
-            lambda context: {k: tf.constant(v) for k, v in parts[
-                context.replica_id_in_sync_group].items()})
-        per_replica = self.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(
-                bad[context.replica_id_in_sync_group], tf.float32))
-        loss = self._run(distributed, per_replica)
+            return tf.nest.map_structure(tf.constant, (parts[0], bad.astype("float32")[0]))
+        distribute = self.strategy.experimental_distribute_values_from_function
+        return (
+            distribute(lambda context: tf.nest.map_structure(
+                tf.constant, parts[context.replica_id_in_sync_group])),
+            distribute(lambda context: tf.constant(
+                bad[context.replica_id_in_sync_group], tf.float32)))
+
+    def __call__(self, batch, bad=None):
+        """Runs a step on a global batch; `bad[r]` is added to replica r's gradient."""
+        loss = self._run(*self._arguments(batch, bad))
         return float(self.strategy.experimental_local_results(loss)[0])
+
+    def concrete(self, batch):
+        """Returns the traced step, to look at its graph."""
+        return self._run.get_concrete_function(*self._arguments(batch))
 
     def everything(self):
         """Returns masters, slots, averages and state, every replica's copy."""
