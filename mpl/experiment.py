@@ -453,6 +453,9 @@ class _Trainer(trainer_lib.Trainer):
                 )
         raise AssertionError("no optimizer is at the limit")
 
+    def report(self) -> dict[str, Any]:
+        return self._experiment.train_report()
+
     def reset_metrics(self) -> None:
         self._experiment._train_metrics.reset()
 

@@ -146,7 +146,7 @@ def _head(program: str, description: str) -> list[str]:
     return ([first] if first else []) + [f"Usage: {program} [--flag=value ...]", ""]
 
 
-def _entry(flag: flags.Flag, full: bool = False) -> list[str]:
+def _entry(flag: Any, full: bool = False) -> list[str]:
     text = f"--{flag.name}={written(flag.default)}  {flag.help}"
     if full or flag.parser.field.metadata["choices"]:
         text += f" ({flag.parser.syntactic_help})"

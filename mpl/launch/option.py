@@ -12,7 +12,7 @@ from typing import Any
 
 from mpl.errors import ConfigError
 
-NoneType = types.NoneType
+NoneType: Any = types.NoneType
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 

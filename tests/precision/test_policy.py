@@ -356,13 +356,6 @@ def test_masks_outlive_the_cast_of_the_output(output):
     np.testing.assert_array_equal(ids._keras_mask, IDS != 0)
 
 
-def test_layers_that_hold_each_other():
-    one, two = keras.layers.Dense(1), keras.layers.Dense(1)
-    one.partner, two.partner = two, one
-    get_policy("float16").wrap(one)
-    assert (one.compute_dtype, two.compute_dtype) == ("float16", "float16")
-
-
 def test_training_given_by_hand_reaches_the_layer():
     layer = get_policy("float32").wrap(keras.layers.Dropout(0.5))
     assert 0.0 in layer(tf.ones([20]), training=True).numpy()

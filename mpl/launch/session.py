@@ -1,0 +1,351 @@
+"""One run of an experiment that is set up: training, evaluation, export, prediction."""
+
+import importlib.util
+import io
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mpl import loop
+from mpl.errors import CheckpointError, ConfigError
+from mpl.experiment import Experiment
+from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
+from mpl.launch.config import parse_early_stop
+from mpl.launch.option import written
+from mpl.record.checkpoint import Checkpoints
+from mpl.record.export import load_predictor
+from mpl.record.metrics_log import MetricsWriter
+from mpl.record.progress import Progress
+
+Results = dict[str, dict[str, float]]
+_POLL_SECS = 10.0  # how often continuous_eval asks whether training is complete
+_FILES = (
+    "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "export",
+    "predictions.npz",
+)  # fmt: skip
+
+
+def intervals(
+    config: RunConfig, train_steps: int, batches_per_epoch: int | None
+) -> dict[str, Any]:
+    """Returns all intervals of a `Controller`: those set, and rules for the others.
+
+    Raises:
+        ConfigError: epochs are asked for, and nobody knows how long one is.
+    """
+    epoch = batches_per_epoch or 0
+    if config.eval_every_epochs and not epoch:
+        raise ConfigError(
+            f"`eval_every_epochs` ({config.eval_every_epochs}) needs training data of "
+            "known length.",
+            "Use --eval_every_steps, or give the DatasetSource `num_examples`.",
+        )
+    default = train_steps if config.train_steps or not epoch else epoch
+    evaluate = (config.eval_every_epochs or 0) * epoch or default
+    evaluate = config.eval_every_steps or evaluate
+    often = 100 if config.train_steps else default
+    log = config.log_every_steps or min(evaluate, often)
+    save = config.checkpoint_every_steps or min(evaluate, 1000)
+    summary = config.summary_every_steps or log
+    shortest = min(100, evaluate, log, save, summary)
+    return {
+        "steps_per_loop": config.steps_per_loop or shortest,
+        "log_every_steps": log,
+        "eval_every_steps": evaluate,
+        "checkpoint_every_steps": save,
+        "summary_interval": summary,
+    }
+
+
+def metric_names(experiment: Experiment) -> list[str]:
+    """Returns the names of an experiment's metrics, the headline first."""
+    names = [experiment.headline(), *experiment.metrics(), "loss"]
+    return list(dict.fromkeys(names))
+
+
+def result_line(name: str, values: Mapping[str, float]) -> str:
+    """Returns the last line of a binary: `digits: accuracy 0.9861 loss 0.0512`."""
+    shown = (f"{value:.4f}" if isinstance(value, float) else value
+             for value in values.values())  # fmt: skip
+    return " ".join([f"{name}:", *(f"{n} {v}" for n, v in zip(values, shown))])
+
+
+def python() -> str:
+    """Returns the path of this Python, relative where it lies below this folder."""
+    path = os.path.relpath(sys.executable)  # not resolved: in .venv it is a link
+    return sys.executable if path.startswith("..") else path
+
+
+class Session:
+    """One run of an experiment: its folder, its loops, its figures.
+
+    Args:
+        experiment: set up.
+        path: folder of the run.
+        start: command that starts the program, for hints; None: in a notebook.
+        record: what the run's flagfile said before; None: a new run.
+
+    Attributes:
+        checkpoints, best: those of training, and the one best by validation.
+        last: the last values of each split, by name.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        path: str,
+        start: str | None = None,
+        record: Mapping[str, str] | None = None,
+    ):
+        config = self.config = experiment.config
+        self.experiment, self.path, self._start = experiment, path, start
+        headline = experiment.headline()
+        watch = EarlyStop(headline, sys.maxsize, better(headline))
+        if config.early_stop is not None:
+            watch = parse_early_stop(config.early_stop)
+        stop = written(config.early_stop)
+        before = stop if record is None else record.get("early_stop", stop)
+        self._watches_anew = before.split(":")[0] != stop.split(":")[0]
+        self.stopping = loop.EarlyStopping(
+            f"validation/{watch.metric}", watch.patience, watch.mode
+        )
+        objects = {"early_stopping": self.stopping, **experiment.checkpoint_objects()}
+        self.checkpoints = Checkpoints(self._file("checkpoints"), **objects)
+        self.best = self.checkpoints.best(watch.metric)
+        self.last = _Last()
+        self._said: dict[str, int] = {}
+        size, epoch = config.global_batch_size, experiment.batches_per_epoch
+        shown = None if config.train_steps else epoch
+        log = self._file("metrics.jsonl")
+        self._reporters: Any = (
+            Progress(global_batch_size=size, batches_per_epoch=shown),
+            MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch),
+            self.last,
+        )
+
+    def go(self) -> Results:
+        """Does what `mode` says, and returns the last values of each split."""
+        mode = self.config.mode
+        if mode in TRAINING_MODES:
+            self.train()
+        elif mode == "continuous_eval":
+            self.follow()
+        else:
+            self.restore()
+        if mode in ("train_and_eval", "all", "continuous_eval"):
+            self.evaluate("test")
+        elif mode == "eval":
+            self.evaluate("validation", "test")
+        if mode in ("all", "export"):
+            self.export()
+        if mode in ("all", "predict"):
+            self.predict()
+        if mode in TRAINING_MODES:
+            print(self.guide())
+        print(result_line(self.experiment.name, self._final()), flush=True)
+        return self.last.values
+
+    def train(self) -> None:
+        """Trains from the last checkpoint on; with early stopping, ends at the best."""
+        total, evaluates = self.experiment.train_steps, self.config.mode != "train"
+        controller = self._controller(
+            *["validation"] * evaluates,
+            eval_actions=[
+                loop.Conditional(
+                    self.stopping.best.test, lambda output: self.best.save(self._step())
+                ),
+                self.stopping,
+            ],
+        )
+        new = [variable.numpy() for variable in self.stopping.variables]
+        if controller.restore_checkpoint():
+            print(f"Going on at step {self._step()} of {total} in {self.path}")
+            if self._watches_anew:  # the best value is one of another metric
+                for variable, value in zip(self.stopping.variables, new):
+                    variable.assign(value)
+        try:
+            if evaluates and "validation" in self.experiment.evaluators:
+                controller.train_and_evaluate(total)
+            else:
+                controller.train(total)
+        except KeyboardInterrupt:
+            print(
+                f"Stopped at step {self._step()}; last checkpoint: "
+                f"{self.checkpoints.latest}\nGo on with: {self.command()}",
+                file=sys.stderr,
+            )
+            raise
+        if self.config.early_stop and self.best.latest:
+            controller.restore_checkpoint(self.best.latest)
+            print(f"Best by validation: step {self._step()}, used from here on")
+
+    def follow(self) -> None:
+        """Evaluates each new checkpoint until training is complete."""
+
+        def complete() -> bool:
+            return self._step() >= self.experiment.train_steps or self.stopping.stopped
+
+        controller = self._controller("validation")
+        controller.evaluate_continuously(timeout=_POLL_SECS, timeout_fn=complete)
+
+    def restore(self) -> None:
+        """Restores the best checkpoint of a run with early stopping, else the last.
+
+        Raises:
+            CheckpointError: there is none yet.
+        """
+        best = self.best.latest if self.config.early_stop else None
+        if self._controller().restore_checkpoint(best) is None:
+            cause = f"`workdir` ({self.path}) holds no checkpoint yet."
+            raise CheckpointError(cause, "Wait for the first one, or train there.")
+        print(f"Restored step {self._step()} of {self.path}")
+
+    def evaluate(self, *splits: str) -> None:
+        """Evaluates those of the splits that have data."""
+        if any(split in self.experiment.evaluators for split in splits):
+            self._controller(*splits).evaluate()
+
+    def export(self) -> None:
+        """Writes a SavedModel, reloads it, and says how far its predictions are off."""
+        path = self.experiment.export(self.config.output or self._file("export"))
+        batch = next(self._batches())
+        pairs = zip(
+            tf.nest.flatten(load_predictor(path)(batch)),
+            tf.nest.flatten(self.experiment.predictor()(batch)),
+        )
+        largest = max(float(np.max(np.abs(a - b))) for a, b in pairs)
+        print(f"Exported to {path}; reloaded, its predictions differ by {largest:.1e}")
+        self._said = {"step": self._step()}
+
+    def predict(self) -> None:
+        """Writes predictions for the input file, or the test data, as an .npz file."""
+        predictor = self.experiment.predictor()
+        parts = [predictor(batch) for batch in self._batches()]
+        arrays = tf.nest.map_structure(lambda *part: np.concatenate(part), *parts)
+        arrays = arrays if isinstance(arrays, dict) else {"predictions": arrays}
+        path, buffer = self.config.output or self._file("predictions.npz"), io.BytesIO()
+        np.savez(buffer, **arrays)
+        with tf.io.gfile.GFile(path, "wb") as file:
+            file.write(buffer.getvalue())
+        count = len(tf.nest.flatten(arrays)[0])
+        print(f"Predictions for {count} examples are in {path}")
+        self._said = {"predictions": count}
+
+    def command(self, **settings: Any) -> str:
+        """Returns what to type to use this run's folder with these settings."""
+        settings = {"workdir": self.path, **settings}
+        if self._start is None:
+            shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+            return f"mpl.run({type(self.experiment).__name__}, {shown})"
+        words = [f"--{name}={written(value)}" for name, value in settings.items()]
+        return f"{self._start} {shlex.join(words)}"
+
+    def guide(self) -> str:
+        """Says where the files lie, and what to type next."""
+        unit = "train_steps" if self.config.train_steps else "train_epochs"
+        longer: dict[str, Any] = {unit: 2 * (getattr(self.config, unit) or 1)}
+        if self.config.lr_schedule != "constant":
+            longer["allow_changed_flags"] = True
+        there = [name for name in _FILES if tf.io.gfile.exists(self._file(name))]
+        summaries = shlex.quote(self._file("summaries"))
+        curves = f"{python()} -m tensorboard.main --logdir={summaries}"
+        if importlib.util.find_spec("tensorboard") is None:
+            curves = f"{python()} -m pip install tensorboard  # then train again"
+        return (
+            f"Files:    {', '.join(there)} in {self.path}\n"
+            f"Resume:   {self.command(**longer)}\n"
+            f"Curves:   {curves}\n"
+            f"Evaluate: {self.command(mode='eval')}\n"
+            f"Predict:  {self.command(mode='predict')}"
+        )
+
+    def _controller(self, *splits: str, eval_actions: Any = None) -> loop.Controller:
+        experiment, evaluators = self.experiment, self.experiment.evaluators
+        writes = self.config.summary_every_steps != 0
+        summaries = self._file("summaries") if writes else None
+        every = intervals(
+            self.config, experiment.train_steps, experiment.batches_per_epoch
+        )
+        return loop.Controller(
+            global_step=experiment.global_step,
+            trainer=experiment.trainer,
+            evaluator={s: evaluators[s] for s in splits if s in evaluators},
+            strategy=experiment.strategy,
+            eval_actions=eval_actions,
+            checkpoint_manager=self.checkpoints,
+            summary_dir=summaries and os.path.join(summaries, "train"),
+            eval_summary_dir=summaries,
+            reporters=self._reporters,
+            after_restore=experiment.after_restore,
+            **every,
+        )
+
+    def _step(self) -> int:
+        return int(self.experiment.global_step.numpy())
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def _final(self) -> Mapping[str, float]:
+        for split in ("test", "validation", "train"):
+            if final := self.last.values.get(split):
+                names = metric_names(self.experiment)
+                return {name: final[name] for name in names if name in final}
+        return self._said
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the examples to predict: those of `input`, else of the test data."""
+        if self.config.input is not None:
+            yield _read_arrays(self.config.input)
+            return
+        pipelines = self.experiment.pipelines
+        split = next(s for s in ("test", "validation", "train") if s in pipelines)
+        left = pipelines[split].num_examples
+        for batch in pipelines[split].dataset().as_numpy_iterator():
+            real = len(batch["weight"])
+            if left is None:  # what fills up the last batch has weight 0
+                real = int(np.flatnonzero(batch["weight"])[-1]) + 1
+            elif left == 0:  # the training data would go on for ever
+                return
+            else:
+                real = min(left, real)
+                left -= real
+            yield {name: array[:real] for name, array in batch.items()}
+
+
+class _Last:
+    """A reporter that keeps the last scalars of each split."""
+
+    def __init__(self) -> None:
+        self.values: Results = {}
+
+    def start(self, step: int, total_steps: int | None) -> None: ...
+
+    def finish(self, step: int) -> None: ...
+
+    def train(self, step: int, values: Mapping[str, Any], steps_per_sec: float) -> None:
+        self.evaluation(step, "train", values)
+
+    def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        scalars = {n: float(v) for n, v in values.items() if np.ndim(v) == 0}
+        scalars.pop("steps_per_sec", None)
+        self.values[split] = scalars
+
+
+def _read_arrays(path: str) -> dict[str, np.ndarray]:
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            content = io.BytesIO(file.read())
+        with np.load(content, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, tf.errors.OpError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"`input` ({path}) must be an .npz file of arrays: {reason}",
+            "Write one with numpy.savez(path, name=array).",
+        ) from error
