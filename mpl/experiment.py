@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from mpl import data as data_lib
-from mpl import distribute, errors
+from mpl import distribute, errors, inference
 from mpl.loop import evaluator as evaluator_lib
 from mpl.loop import trainer as trainer_lib
 from mpl.precision import cast as cast_lib
@@ -150,10 +150,9 @@ class Experiment:
     def bound_for_inference(self) -> Iterator[None]:
         """The models read their averages, or their masters where the run keeps none."""
         with contextlib.ExitStack() as stack:
-            for weights, optimizer in zip(
-                _values(self.weights), _values(self.optimizer)
-            ):
-                stack.enter_context(weights.bound(weights.cast(optimizer.averages)))
+            for optimizer in tf.nest.flatten(self.optimizer):
+                params = optimizer.weights.cast(optimizer.averages)
+                stack.enter_context(optimizer.weights.bound(params))
             yield
 
     def compiled(self, function: Callable) -> Callable:
@@ -185,17 +184,10 @@ class Experiment:
         self._build_pipelines()
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
-            with self.policy.scope():
-                self.model = self.build_model()
-            self.policy.apply_overrides([
-                layer for model in _values(self.model)
-                for layer in binding_lib.flatten_layers(model)
-            ])
-            self.weights = _each(self.build_weights, self.model)
+            self.build()
             self.loss_scale = loss_scale_lib.get_loss_scale(
-                config.loss_scale, self.policy
-            )
-            self.optimizer = _each(self._wrap_optimizer, self.weights)
+                config.loss_scale, self.policy)
+            self.optimizer = tf.nest.map_structure(self._wrap_optimizer, self.weights)
             self._train_metrics = metrics_lib.Metrics(self.metrics())
             self._eval_metrics = metrics_lib.Metrics(self.metrics())
         # Outside the scope: the host counts steps, not the replicas.
@@ -205,6 +197,15 @@ class Experiment:
             split: _Evaluator(self, split)
             for split in SPLITS[1:] if split in self.pipelines
         }
+
+    def build(self) -> None:
+        """Makes the model and its weights under `self.policy`."""
+        with self.policy.scope():
+            self.model = self.build_model()
+        self.policy.apply_overrides([
+            layer for model in tf.nest.flatten(self.model)
+            for layer in binding_lib.flatten_layers(model)])
+        self.weights = tf.nest.map_structure(self.build_weights, self.model)
 
     def _build_pipelines(self) -> None:
         config = self.config
@@ -270,14 +271,14 @@ class Experiment:
 
     def after_restore(self) -> None:
         """Takes up what a checkpoint gave the model's variables and the position."""
-        for weights in _values(self.weights):
+        for weights in tf.nest.flatten(self.weights):
             weights.adopt()
         self.trainer.reset_iterator()
 
     def train_report(self) -> dict[str, float]:
         """Returns loss, metrics and the state of the optimizer since the last reset."""
         report = {k: float(v) for k, v in self._train_metrics.result().items()}
-        first = _values(self.optimizer)[0]
+        first = tf.nest.flatten(self.optimizer)[0]
         report["loss_scale"] = float(self.loss_scale.value)
         for name in ("applied_steps", "skipped_steps"):
             report[name] = int(getattr(first, name))
@@ -292,34 +293,9 @@ class Experiment:
     def predictor(self) -> Callable[[Mapping[str, np.ndarray]], Any]:
         """Returns a function from a dict of arrays `[n, ...]` to predictions `[n, ...]`.
 
-        The weights are those of this moment: averages where the run keeps them.
+        The weights are those of each call: averages where the run keeps them.
         """
-
-        @tf.function
-        def predict_batch(batch: Mapping[str, tf.Tensor]) -> Any:
-            def replica_predict(batch):
-                with self.bound_for_inference():
-                    return cast_lib.cast_floating(self.predict(batch), tf.float32)
-
-            return self.strategy.run(replica_predict, args=(batch,))
-
-        def predict(examples: Mapping[str, np.ndarray]) -> Any:
-            pipeline = data_lib.Pipeline(
-                data_lib.as_source(dict(examples)),
-                global_batch_size=self.config.global_batch_size,
-                shuffle=False, repeat=False,
-            )
-            batches = distribute.distribute_dataset(pipeline.dataset(), self.strategy)
-            local = self.strategy.experimental_local_results
-            parts = [predict_batch(batch) for batch in batches]
-            return tf.nest.map_structure(
-                lambda *leaves: np.concatenate(
-                    [copy.numpy() for leaf in leaves for copy in local(leaf)]
-                )[: pipeline.num_examples],
-                *parts,
-            )
-
-        return predict
+        return inference.predictor(self)
 
     def export(self, path: str, weights_dtype: str = "float32") -> str:
         """Writes a SavedModel of `predict` with the weights of this moment.
@@ -332,80 +308,7 @@ class Experiment:
         Returns:
           The path.
         """
-        policy = "float32" if weights_dtype == "float32" else self.policy
-        twin = self._twin(policy)
-        params = [tf.Variable(value, trainable=False) for value in twin.weights.cast()]
-        holder = tf.Module()
-        holder.variables_read = params + [
-            entry.value for entry in twin.weights.state + twin.weights.assigned
-        ] + twin.weights.frozen
-
-        def predict(features: Mapping[str, tf.Tensor]) -> Any:
-            with twin.weights.bound([tf.convert_to_tensor(p) for p in params]):
-                return cast_lib.cast_floating(twin.predict(features), tf.float32)
-
-        return export_lib.export_saved_model(
-            holder, predict, self._features(twin), path,
-            run=self.name, info={
-                "experiment": self.name,
-                "policy": twin.policy.name,
-                "weights": weights_dtype,
-                "step": int(self.global_step),
-                "metrics": list(self._eval_metrics.metrics),
-            },
-        )
-
-    def _twin(self, policy: policy_lib.Policy | str) -> "Experiment":
-        """Returns the experiment with the same weights under another policy.
-
-        It lives under no strategy; averages, where the run keeps them, are its weights.
-        """
-        twin = type(self)()
-        twin.config, twin.strategy = self.config, tf.distribute.get_strategy()
-        twin.policy = policy_lib.get_policy(policy)
-        with twin.policy.scope():
-            twin.model = twin.build_model()
-        twin.weights = twin.build_weights(twin.model)
-        twin.weights.build()
-        for name in ("state", "assigned"):
-            pairs = zip(getattr(twin.weights, name), getattr(self.weights, name))
-            for entry, original in pairs:
-                entry.value.assign(tf.convert_to_tensor(original.value))
-        for value, original in zip(twin.weights.frozen, self.weights.frozen):
-            value.assign(tf.convert_to_tensor(original))
-        trained = self.weights.by_key(self.optimizer.averages)
-        for entry in twin.weights.entries:
-            entry.value.assign(tf.cast(trained[entry.key], entry.value.dtype))
-        twin.weights.adopt()
-        return twin
-
-    def _features(self, twin: "Experiment") -> dict[str, tf.TensorSpec]:
-        """Returns the specs of the features that `predict` reads, unbatched."""
-        specs = self.pipelines["train"].dataset().element_spec
-        read = _Read()
-
-        @tf.function
-        def probe(batch):
-            read.update(batch)
-            twin.predict(read)
-
-        free = {k: tf.TensorSpec([None, *s.shape[1:]], s.dtype) for k, s in specs.items()}
-        probe.get_concrete_function(free)
-        names = read.names or (set(specs) - {"weight"})
-        return {k: tf.TensorSpec(specs[k].shape[1:], specs[k].dtype) for k in
-                sorted(names)}
-
-
-class _Read(dict):
-    """A batch that remembers which of its features were read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return super().__getitem__(name)
+        return inference.export(self, path, weights_dtype)
 
 
 class _Trainer(trainer_lib.Trainer):
@@ -426,7 +329,7 @@ class _Trainer(trainer_lib.Trainer):
         return distribute.distribute_dataset(dataset, self._experiment.strategy)
 
     def train_loop_begin(self) -> None:
-        for weights in _values(self._experiment.weights):
+        for weights in tf.nest.flatten(self._experiment.weights):
             weights.adopt()
 
     def train_step(self, iterator: Any) -> None:
@@ -434,17 +337,17 @@ class _Trainer(trainer_lib.Trainer):
         self._experiment.global_step.assign_add(1)
 
     def train_loop_end(self) -> None:
-        for weights in _values(self._experiment.weights):
+        for weights in tf.nest.flatten(self._experiment.weights):
             weights.publish()
 
     def should_stop(self) -> tf.Tensor:
         limit = self._experiment.config.max_consecutive_skips
         return tf.reduce_any([optimizer.consecutive_skips >= limit
-                              for optimizer in _values(self._experiment.optimizer)])
+                              for optimizer in tf.nest.flatten(self._experiment.optimizer)])
 
     def nonfinite_error(self) -> errors.NonFiniteError:
         step = int(self._experiment.global_step)
-        for optimizer in _values(self._experiment.optimizer):
+        for optimizer in tf.nest.flatten(self._experiment.optimizer):
             if optimizer.consecutive_skips >= self._experiment.config.max_consecutive_skips:
                 return errors.NonFiniteError(
                     f"At step {step}: {optimizer.nonfinite_report()}.",
@@ -483,16 +386,6 @@ class _Evaluator(evaluator_lib.Evaluator):
 
     def eval_end(self, state: Any = None) -> dict[str, tf.Tensor]:
         return self._experiment._eval_metrics.result()
-
-
-def _each(function: Callable, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: function(part) for name, part in value.items()}
-    return function(value)
-
-
-def _values(value: Any) -> list:
-    return list(value.values()) if isinstance(value, Mapping) else [value]
 
 
 def _use_xla(jit_compile: bool | str, replicas: int) -> bool:

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 from absl import app as absl_app
 from absl import flags as absl_flags
+from absl import logging
 
 from mpl import distribute, errors
 from mpl.errors import ConfigError
@@ -73,6 +74,7 @@ def run_program(
         except ConfigError as error:
             _exit(error, 2)
         absl_flags.FLAGS.mark_as_parsed()
+        logging.get_absl_handler().addFilter(_is_ours_or_matters)
         return given
 
     def main(given: dict[str, Any]) -> None:
@@ -89,6 +91,12 @@ def run_program(
         if end.code or not results:
             raise
     return results[0]
+
+
+def _is_ours_or_matters(record: Any) -> bool:
+    """Leaves out TensorFlow's notes on each checkpoint."""
+    of_tensorflow = record.pathname.startswith(os.path.dirname(tf.__file__))
+    return record.levelname != "INFO" or not of_tensorflow
 
 
 def _exit(error: Exception, code: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpl.errors import ConfigError
 from mpl.launch.option import KINDS, NoneType, checked, kinds, option, suggestion
+from mpl.precision.policy import get_policy
 
 # Two ways to say the same thing: at most one of each pair may be set.
 EXCLUSIVE = (
@@ -181,8 +182,10 @@ class RunConfig:
         """Checks fields against each other; a subclass adds its rules after super's.
 
         Raises:
-            ConfigError: two fields contradict each other.
+            ConfigError: the policy is unknown, or two fields contradict each other.
         """
+        if self.policy != "auto":
+            get_policy(self.policy)
         for first, second in EXCLUSIVE:
             if None not in (getattr(self, first), getattr(self, second)):
                 raise ConfigError(

@@ -1,6 +1,5 @@
 """One run of an experiment that is set up: training, evaluation, export, prediction."""
 
-import importlib.util
 import io
 import os
 import shlex
@@ -119,6 +118,7 @@ class Session:
         self.best = self.checkpoints.best(watch.metric)
         self.last = _Last()
         self._said: dict[str, int] = {}
+        self._stopped_early = False
         size, epoch = config.global_batch_size, experiment.batches_per_epoch
         shown = None if config.train_steps else epoch
         log = self._file("metrics.jsonl")
@@ -180,6 +180,7 @@ class Session:
                 file=sys.stderr,
             )
             raise
+        self._stopped_early = self.stopping.stopped
         if self.config.early_stop and self.best.latest:
             controller.restore_checkpoint(self.best.latest)
             print(f"Best by validation: step {self._step()}, used from here on")
@@ -251,11 +252,13 @@ class Session:
         longer: dict[str, Any] = {unit: 2 * (getattr(self.config, unit) or 1)}
         if self.config.lr_schedule != "constant":
             longer["allow_changed_flags"] = True
+        if self._stopped_early:
+            longer["early_stop"] = None
         there = [name for name in _FILES if tf.io.gfile.exists(self._file(name))]
-        summaries = shlex.quote(self._file("summaries"))
-        curves = f"{python()} -m tensorboard.main --logdir={summaries}"
-        if importlib.util.find_spec("tensorboard") is None:
-            curves = f"{python()} -m pip install tensorboard  # then train again"
+        curves = f"{python()} -m pip install tensorboard  # then train again"
+        if "summaries" in there:
+            summaries = shlex.quote(self._file("summaries"))
+            curves = f"{python()} -m tensorboard.main --logdir={summaries}"
         return (
             f"Files:    {', '.join(there)} in {self.path}\n"
             f"Resume:   {self.command(**longer)}\n"

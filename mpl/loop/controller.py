@@ -106,7 +106,7 @@ class Controller:
         summary_dir: str | None = None,
         eval_summary_dir: str | None = None,
         reporters: Sequence[Reporter] = (),
-        after_restore: Callable[[], Any] | None = None,
+        after_restore: Callable[[], Any] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         if trainer is None and evaluator is None:
@@ -141,7 +141,6 @@ class Controller:
         self._summaries = Summaries(global_step)
         self._after_restore, self._clock = after_restore, clock
         self._saved_at: int | None = None
-        self._steps, self._secs = 0, 0.0  # in blocks since the last log
 
     def train(self, steps: int, checkpoint_at_completion: bool = True) -> None:
         """Trains until `global_step` is `steps`; -1: to the end of the data.
@@ -260,19 +259,20 @@ class Controller:
             logging.info("Restored %s.", path)
             if self.trainer is not None:
                 self.trainer.reset_iterator()
-            if self._after_restore is not None:
-                self._after_restore()
+            self._after_restore()
             self._saved_at = int(self.global_step.numpy())
         return path
 
     def save_checkpoint(self) -> str:
         """Saves a checkpoint, whatever the intervals; returns its path."""
         self._need("checkpoint_manager")
-        self._saved_at = int(self.global_step.numpy())
+        step = int(self.global_step.numpy())
         if isinstance(self.checkpoint_manager, tf.train.CheckpointManager):
-            path = self.checkpoint_manager.save(self._saved_at, check_interval=False)
+            path = self.checkpoint_manager.save(step, check_interval=False)
+            path = path or self.checkpoint_manager.latest_checkpoint  # saved before
         else:
-            path = self.checkpoint_manager.save(self._saved_at)
+            path = self.checkpoint_manager.save(step)
+        self._saved_at = step
         logging.info("Saved %s.", path)
         return path
 
@@ -288,8 +288,8 @@ class Controller:
         step = first = int(self.global_step.numpy())
         output: dict[str, Any] = {}
         results: dict[str, Any] = {}
-        evaluated_at, ended = None, False
-        self.stop_training, self._steps, self._secs = False, 0, 0.0
+        evaluated_at, ended, self.stop_training = None, False, False
+        self._steps, self._secs = 0, 0.0  # in blocks since the last log
         self._act(self.train_actions + self.eval_actions, None)
         intervals = {**self._intervals, "eval_every_steps": eval_interval}
 
@@ -322,9 +322,10 @@ class Controller:
                         self._save_once(step)
                 too_short = ended and step < steps
                 self._report(step, output, _due(step, intervals) | {"log_every_steps"})
-                if evaluated_at != step and not (too_short or self._interrupt.requested):
+                is_cut = too_short or self._interrupt.requested
+                if evaluated_at != step and not is_cut:
                     results = evaluate()
-                if save or self._interrupt.requested:
+                if save or is_cut:
                     self._save_once(step)
         finally:
             for reporter in self.reporters:
@@ -373,18 +374,21 @@ class Controller:
             self.stop_training = True
         elif not done:
             cause = f"`trainer.train` made no step at step {step}."
-            raise EndOfDataError(cause, "It must make at least one.")
+            raise ConfigError(cause, "It must make one at least, or raise an error.")
 
     def _report(self, step: int, output: Any, due: set[str]) -> None:
         """Logs and summarises the steps since the last log."""
-        if not self._steps or not due & {"log_every_steps", "summary_interval"}:
+        logs = "log_every_steps" in due
+        interval = self._intervals["summary_interval"]
+        summarises = logs if interval is None else "summary_interval" in due
+        if not self._steps or not (logs or summarises):
             return
         values = _on_host({**output, **self.trainer.report()})
         steps_per_sec = self._steps / max(self._secs, 1e-9)
-        if "summary_interval" in due:
+        if summarises:
             rate = {"steps_per_sec": steps_per_sec}
             self._summaries.write(self._summary_dir, {**values, **rate})
-        if "log_every_steps" in due:
+        if logs:
             for reporter in self.reporters:
                 reporter.train(step, values, steps_per_sec)
             self.trainer.reset_metrics()
@@ -412,8 +416,6 @@ def _due(step: int, intervals: Mapping[str, int | None]) -> set[str]:
     due = {name for name, n in intervals.items() if n and step % n == 0}
     if intervals["log_every_steps"] is None:
         due.add("log_every_steps")
-    if intervals["summary_interval"] is None and "log_every_steps" in due:
-        due.add("summary_interval")
     return due
 
 
@@ -444,6 +446,6 @@ def _on_host(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, An
         if isinstance(value, Mapping):
             host.update(_on_host(value, f"{prefix}{name}/"))
         else:
-            array = np.asarray(value)
+            array = np.asarray(value.numpy() if tf.is_tensor(value) else value)
             host[prefix + name] = array if array.ndim else array.item()
     return host

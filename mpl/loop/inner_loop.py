@@ -44,27 +44,13 @@ class StepIterator:
         else:
             batch = self._take(self._taken)
             self._taken += 1
-        with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-            self._count(1)
+        if self._position is not None:
+            tensors = tf.nest.flatten(batch, expand_composites=True)
+            with tf.control_dependencies(tensors):  # the end of the data counts not
+                self._position.assign_add(1)
         return batch
 
     get_next = __next__
-
-    def get_next_as_optional(self) -> Any:
-        """Returns the next batch as an optional, empty at the end of the data."""
-        self._take = None
-        optional = self._iterator.get_next_as_optional()
-        self._count(tf.cast(optional.has_value(), tf.int64))
-        return optional
-
-    @property
-    def element_spec(self) -> Any:
-        """The `tf.TypeSpec` of a batch."""
-        return self._iterator.element_spec
-
-    def _count(self, num_batches: Any) -> None:
-        if self._position is not None:
-            self._position.assign_add(num_batches)
 
 
 class InnerLoop:

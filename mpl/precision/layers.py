@@ -57,14 +57,14 @@ class PrecisionWrapper(keras.layers.Wrapper):
     def __init__(self, layer, output_dtype, dtype=None, **kwargs):
         super().__init__(layer, dtype=dtype, **kwargs)
         self.output_dtype = output_dtype
-        self.supports_masking = layer.supports_masking
+        self.supports_masking = layer.supports_masking  # or a mask would pass it
         set_dtype_policy(layer, self.dtype_policy)
 
     def build(self, input_shape=None):
         """Does nothing: the layer builds itself when called, with all its inputs."""
 
-    def call(self, inputs, *args, training=None, **kwargs):
-        """Runs the layer, which learns `training` from Keras's call context."""
+    def call(self, inputs, *args, **kwargs):
+        """Runs the layer and casts what it returns."""
         return cast_floating(self.layer(inputs, *args, **kwargs), self.output_dtype)
 
     def compute_mask(self, inputs, previous_mask=None):

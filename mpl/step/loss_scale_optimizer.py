@@ -264,6 +264,8 @@ class LossScaleOptimizer(tf.Module):
         state = self.weights.state if self.weights else []
         for entry, value in zip(state, prepared.state):
             if value is not None:
+                if not entry.value.dtype.is_floating:  # not averaged: it may differ
+                    value = strategy.experimental_local_results(value)[0]
                 extended.update(
                     entry.value, lambda v, new: v.assign(new), args=(value,), group=False
                 )

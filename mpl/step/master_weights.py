@@ -176,9 +176,10 @@ class MasterWeights:
         return self._binding.assigned
 
     @property
-    def frozen(self) -> list[tf.Variable]:
-        """Weights of Keras layers that do not train."""
-        return self._binding.frozen
+    def untrained(self) -> list[tf.Variable]:
+        """All other variables of the model: state and frozen weights."""
+        state = self._binding.state + self._binding.assigned
+        return [entry.value for entry in state] + self._binding.frozen
 
     def by_key(self, values: Sequence[tf.Variable] | None = None) -> dict:
         """Returns each variable's value by checkpoint key; `values` as in `cast`."""

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "record": set(),
     "loop": set(),
     "step": {"precision"},
-    "experiment": {"distribute", "data", "precision", "step", "loop", "record"},
+    "inference": {"distribute", "data", "precision", "record"},
+    "experiment": {"inference", "distribute", "data", "precision", "step", "loop", "record"},
     "launch": {"distribute", "data", "precision", "step", "loop", "record"}
     | {"experiment"},
 }

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import mpl
 from experiments import digits, gan_digits
+from mpl import inference
 from mpl.record.checkpoint import Checkpoints
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
@@ -133,7 +134,7 @@ def test_a_float32_export_of_a_mixed_model_computes_in_float32(strategy_of, tmp_
     experiment.trainer.train(30)
     images = {"image": digits.digits.load("test")["image"][:64]}
     got = mpl.load_predictor(experiment.export(str(tmp_path / "export")))(images)
-    full = experiment._twin("float32").model(images["image"], training=False)
+    full = inference.twin_of(experiment, "float32").model(images["image"], training=False)
     np.testing.assert_allclose(got, tf.nn.softmax(full), atol=1e-6)
     mixed = experiment.predictor()(images)
     assert 0 < np.abs(got - mixed).max() < 0.05

@@ -195,7 +195,6 @@ def test_a_nest_of_data_counts_each_position(mode):
             iterator, (other,) = iterator["a"], iterator["b"]
             self.total.assign_add(next(iterator)[0] * next(iterator)[0])
             self.total.assign_add(100.0 * next(other)[0])
-            assert other.element_spec.dtype == tf.float32
 
     trainer = Two({"a": numbers(20), "b": (numbers(8),)}, OPTIONS[mode])
     trainer.train(3)
@@ -205,21 +204,6 @@ def test_a_nest_of_data_counts_each_position(mode):
     trainer.total.assign(0.0)
     trainer.train(1)
     assert trainer.total.numpy() == 6 * 7 + 100 * 3
-
-
-@every_mode
-def test_optional_batches_end_inside_the_step(mode):
-    class Optional(Summing):
-        def train_step(self, iterator):
-            batch = iterator.get_next_as_optional()
-            if batch.has_value():
-                self.total.assign_add(batch.get_value()[0])
-            self.calls.assign_add(1.0)
-
-    trainer = Optional(numbers(3), OPTIONS[mode])
-    trainer.train(5)
-    assert trainer.total.numpy() == 3.0 and trainer.calls.numpy() == 5.0
-    assert int(trainer.position) == 3 and not trainer.data_ended
 
 
 @every_mode

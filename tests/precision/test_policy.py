@@ -354,6 +354,9 @@ def test_masks_outlive_the_cast_of_the_output(output):
     assert getattr(pooled, "_keras_mask", None) is None
     ids = policy.wrap(keras.layers.Embedding(10, 3, mask_zero=True))(IDS)
     np.testing.assert_array_equal(ids._keras_mask, IDS != 0)
+    with pytest.warns(UserWarning, match="does not support masking"):
+        output = policy.wrap(keras.layers.Conv1D(2, 1))(embedded)
+    assert getattr(output, "_keras_mask", None) is None
 
 
 def test_training_given_by_hand_reaches_the_layer():

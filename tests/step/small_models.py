@@ -10,24 +10,26 @@ from mpl.step import loss_scale_optimizer, master_weights, state
 CLASSES = 3
 
 
-def image_model(dropout=0.2, batch_norm=True, l2=1e-3):
+def image_model(dropout=0.2, batch_norm=True, l2=1e-3, activity_l2=1e-3,
+                head="float32"):
     """A CNN with what makes a step hard: statistics, seeds, penalties, islands."""
-    layers = keras.layers
+    layers, regularizer = keras.layers, keras.regularizers.L2
     stack = [
         keras.Input((6, 6, 1)),
-        layers.Conv2D(4, 3, kernel_regularizer=keras.regularizers.L2(l2) if l2 else None),
+        layers.Conv2D(4, 3, kernel_regularizer=regularizer(l2) if l2 else None),
     ]
     if batch_norm:
         stack.append(layers.BatchNormalization())
     stack += [
         layers.ReLU(),
-        layers.Conv2D(4, 3, activity_regularizer=keras.regularizers.L2(l2) if l2 else None),
+        layers.Conv2D(4, 3, activity_regularizer=(
+            regularizer(activity_l2) if activity_l2 else None)),
         layers.LayerNormalization(),
         layers.Flatten(),
     ]
     if dropout:
         stack.append(layers.Dropout(dropout, seed=7))
-    stack += [layers.Dense(8, activation="relu"), layers.Dense(CLASSES, dtype="float32")]
+    stack += [layers.Dense(8, activation="relu"), layers.Dense(CLASSES, dtype=head)]
     return keras.Sequential(stack)
 
 
