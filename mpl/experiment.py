@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,9 +25,6 @@ from mpl.step import master_weights as master_weights_lib
 from mpl.step import metrics as metrics_lib
 from mpl.step import state as state_lib
 
-if TYPE_CHECKING:
-    from mpl.launch.config import RunConfig
-
 SPLITS = ("train", "validation", "test")
 
 
@@ -47,7 +44,7 @@ class Experiment:
       train_steps: length of the training in steps.
     """
 
-    Config: "type[RunConfig] | None" = None
+    Config: Any = None
     policy_overrides: Mapping[str, str] = {}
 
     # What a researcher writes.
@@ -87,7 +84,7 @@ class Experiment:
             "Define `predict(self, batch)`; it returns what the model says of a batch.",
         )
 
-    def build_optimizer(self, config: "RunConfig") -> keras.optimizers.Optimizer:
+    def build_optimizer(self, config: Any) -> keras.optimizers.Optimizer:
         """Returns the inner Keras optimizer, from the flags by default."""
         return keras_optimizer.make_optimizer(
             config.optimizer,
@@ -168,7 +165,7 @@ class Experiment:
         """The name of the experiment: that of the class, in snake_case."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def setup(self, config: "RunConfig", strategy: tf.distribute.Strategy) -> None:
+    def setup(self, config: Any, strategy: tf.distribute.Strategy) -> None:
         """Makes everything a run needs; reads data, writes nothing, restores nothing.
 
         Raises:

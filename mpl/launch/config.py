@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpl.errors import ConfigError
-from mpl.launch.option import KINDS, NoneType, checked, kinds, option, suggestion
+from mpl.launch.option import checked, is_option, option, suggestion
 from mpl.precision.policy import get_policy
 
 # Two ways to say the same thing: at most one of each pair may be set.
 EXCLUSIVE = (
-    ("train_steps", "train_epochs"),
-    ("eval_every_steps", "eval_every_epochs"),
-)
+    ("train_steps", "train_epochs"), ("eval_every_steps", "eval_every_epochs")
+)  # fmt: skip
 TRAINING_MODES = ("train", "train_and_eval", "all")
 MODES = TRAINING_MODES + ("eval", "continuous_eval", "predict", "export")
 STRATEGIES = (
@@ -102,33 +101,30 @@ class RunConfig:
     global_batch_size: int = option(
         64, "Examples in a step, over all devices and micro-batches.", minimum=1)
     train_steps: int | None = option(
-        None, "Length of the training in steps; this or --train_epochs. Neither: one "
-        "epoch.", minimum=1)
+        None, "Length of training in steps; none: by --train_epochs.", minimum=1)
     train_epochs: int | None = option(
-        None, "Length of the training in passes over its data.", minimum=1)
+        None, "Length of training in passes over its data; none: 1.", minimum=1)
     steps_per_loop: int | None = _setting(
         None, "Most steps in one call of the compiled loop. none: 100, or the shortest "
         "interval if that is less.", minimum=1)
     eval_every_steps: int | None = _setting(
-        None, "Steps between evaluations. none: an epoch with --train_epochs, else "
-        "once at the end.", minimum=1)
+        None, "Steps between evaluations. none: an epoch; with --train_steps, once at "
+        "the end.", minimum=1)
     eval_every_epochs: int | None = _setting(
         None, "Epochs between evaluations; this or --eval_every_steps.", minimum=1)
     checkpoint_every_steps: int | None = _setting(
-        None, "Steps between checkpoints. none: at every evaluation.", minimum=1)
+        None, "Steps between checkpoints. none: as evaluations, or 1000.", minimum=1)
     log_every_steps: int | None = _setting(
-        None, "Steps between lines of training metrics. none: an epoch with "
-        "--train_epochs, else 100, at most the evaluation interval.", minimum=1)
+        None, "Steps between lines of training metrics. none: an epoch; with "
+        "--train_steps, 100; at most those between evaluations.", minimum=1)
     summary_every_steps: int | None = _setting(
-        None, "Steps between TensorBoard points; 0: no points. none: as "
-        "--log_every_steps.", minimum=0)
+        None, "Steps between TensorBoard points; 0: no points. none: as the log.",
+        minimum=0)
     seed: int = option(
-        0, "Seed of weights, dropout and the order of the data.",
-        minimum=0, maximum=2**31 - 1)
+        0, "Seed of weights, dropout and data order.", minimum=0, maximum=2**31 - 1)
     deterministic: bool = _setting(
         False, "Use deterministic operations only, for the rest of the process.")
-    optimizer: str = option(
-        "adam", "Name of a Keras optimizer, for example sgd or adamw.")
+    optimizer: str = option("adam", "Name of a Keras optimizer: sgd, adamw ...")
     learning_rate: float = option(1e-3, "Learning rate at its highest.", minimum=0)
     lr_schedule: str = option(
         "constant", "Course of the learning rate after the warm-up.",
@@ -142,8 +138,7 @@ class RunConfig:
     accumulate_steps: int = option(
         1, "Micro-batches in a step; they share --global_batch_size.", minimum=1)
     ema_decay: float | None = option(
-        None, "Decay of a moving average of the weights. none: no average.",
-        above=0, below=1)
+        None, "Decay of the weights' moving average; none: none.", above=0, below=1)
     early_stop: str | None = _setting(
         None, "METRIC:PATIENCE stops after PATIENCE evaluations without a better "
         "validation METRIC and tests the best checkpoint. Losses and errors are better "
@@ -193,12 +188,11 @@ class RunConfig:
                     f"({getattr(self, second)}) say the same thing: set one at most.",
                     f"Leave one out, or unset it: --{second}=none.",
                 )
-        for name, mode in (("input", "predict"), ("output", "predict, export")):
-            if getattr(self, name) is not None and self.mode not in mode.split(", "):
+        for name, modes in (("input", "predict"), ("output", "predict or export")):
+            if getattr(self, name) is not None and self.mode not in modes.split():
                 raise ConfigError(
-                    f"`{name}` ({getattr(self, name)}) goes with `mode` {mode} only, "
-                    f"not with {self.mode}.",
-                    f"Leave it out, or use --mode={mode.split(', ')[0]}.",
+                    f"`{name}` ({getattr(self, name)}) goes with `mode` {modes} only.",
+                    "Leave it out, or use --mode=predict.",
                 )
         stop = parse_early_stop(self.early_stop) if self.early_stop else None
         if stop and self.mode == "train":
@@ -261,7 +255,7 @@ def fields_of(config_class: type[RunConfig]) -> tuple[dataclasses.Field, ...]:
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         field.type = hints[field.name]
-        if "help" not in field.metadata or not kinds(field) <= {*KINDS, NoneType}:
+        if not is_option(field):
             raise ConfigError(
                 f"`{config_class.__qualname__}.{field.name}` must be an option with "
                 "help, of type bool, int, float, str, or a union of these.",

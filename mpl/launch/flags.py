@@ -99,51 +99,39 @@ def parse(
     if rest:
         cause = f"`{rest[0]}` is an argument without a flag's name."
         raise ConfigError(cause, "Write --name=value; --helpfull lists all flags.")
+    head = [line for line in description.strip().split("\n")[:1] if line]
+    head += [f"Usage: {program} [--flag=value ...]", ""]
     if values["helpfull"].value:
-        print(full_help(values, own, program, description))
+        print("\n".join([*head, full_help(values, own)]))
         sys.exit(0)
     if values["help"].value or values["helpshort"].value:
-        print(short_help(config_class, values, program, description))
+        room = HELP_LINES - len(head)
+        print("\n".join([*head, short_help(config_class, values, room)]))
         sys.exit(0)
     return {name: values[name].value for name in own if values[name].present}
 
 
 def short_help(
-    config_class: type[RunConfig],
-    values: flags.FlagValues,
-    program: str,
-    description: str = "",
+    config_class: type[RunConfig], values: flags.FlagValues, room: int = HELP_LINES
 ) -> str:
-    """Returns the everyday flags and the experiment's own, in at most 60 lines."""
+    """Returns the everyday flags and the experiment's own, in at most `room` lines."""
     base = {field.name for field in fields_of(RunConfig)}
     own = [f.name for f in fields_of(config_class) if f.name not in base]
-    tail = "--flagfile=FILE reads flags from a file; --helpfull shows all flags."
-    lines = _head(program, description)
-    for name in EVERYDAY:
-        lines += _entry(values[name])
+    lines = [line for name in EVERYDAY for line in _entry(values[name])]
     if own:
         lines += ["", f"Of {config_class.__qualname__.split('.')[0]}:"]
-    room = HELP_LINES - len(lines) - 2
-    entries = [line for name in own for line in _entry(values[name])]
-    if len(entries) > room:
-        entries = [_entry(values[name])[0] for name in own][:room]
-    return "\n".join(lines + entries + ["", tail])
+    entries = [_entry(values[name]) for name in own]
+    room -= len(lines) + 2
+    if sum(map(len, entries)) > room:
+        entries = [entry[:1] for entry in entries[:room]]
+    tail = "--flagfile=FILE reads flags from a file; --helpfull shows all flags."
+    return "\n".join([*lines, *sum(entries, []), "", tail])
 
 
-def full_help(
-    values: flags.FlagValues, own: Sequence[str], program: str, description: str = ""
-) -> str:
+def full_help(values: flags.FlagValues, own: Sequence[str]) -> str:
     """Returns every flag with its rule, then those that absl has in this process."""
-    lines = _head(program, description)
-    for name in own:
-        lines += _entry(values[name], full=True)
-    absl = flags.FLAGS.get_help()
-    return "\n".join([*lines, "", "Of absl and the libraries:", absl])
-
-
-def _head(program: str, description: str) -> list[str]:
-    first = description.strip().split("\n")[0]
-    return ([first] if first else []) + [f"Usage: {program} [--flag=value ...]", ""]
+    lines = [line for name in own for line in _entry(values[name], full=True)]
+    return "\n".join([*lines, "", "Of absl and libraries:", flags.FLAGS.get_help()])
 
 
 def _entry(flag: Any, full: bool = False) -> list[str]:

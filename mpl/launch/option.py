@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math as math_lib
 import numbers
+import operator
 import os
 import types
 import typing
@@ -13,21 +14,22 @@ from typing import Any
 from mpl.errors import ConfigError
 
 NoneType: Any = types.NoneType
-KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_TAKEN_AS: dict[type, Any] = {
+    bool: bool, int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)
+}  # fmt: skip
+_HOLDS = {
+    "at least": operator.ge, "above": operator.gt,
+    "at most": operator.le, "below": operator.lt,
+}  # fmt: skip
 _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    math: bool = True,
-) -> Any:
+    default: Any, help: str, *, choices: Sequence[str] = (),
+    minimum: float | None = None, above: float | None = None,
+    maximum: float | None = None, below: float | None = None, math: bool = True,
+) -> Any:  # fmt: skip
     """Declares a field of a `RunConfig`, and with it a flag.
 
     The field's annotation says what the flag takes: `bool`, `int`, `float`, `str` or
@@ -47,16 +49,20 @@ def option(
     Returns:
         A dataclass field.
     """
-    bounds = {
-        "at least": minimum, "above": above, "at most": maximum, "below": below
-    }  # fmt: skip
-    metadata = dict(help=help, choices=tuple(choices), bounds=bounds, math=math)
+    bounds = dict(zip(_HOLDS, (minimum, above, maximum, below)))
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    metadata = dict(help=help, choices=tuple(choices), bounds=given, math=math)
     return dataclasses.field(default=default, metadata=metadata, kw_only=True)
 
 
 def kinds(field: dataclasses.Field) -> set[Any]:
     """Returns the types that a field with a resolved annotation takes."""
     return set(typing.get_args(field.type) or (field.type,))
+
+
+def is_option(field: dataclasses.Field) -> bool:
+    """Says whether a field has what makes it a flag."""
+    return "help" in field.metadata and kinds(field) <= {*_WORDS, NoneType}
 
 
 def read(field: dataclasses.Field, text: str) -> Any:
@@ -86,23 +92,13 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     Raises:
         ConfigError: the value breaks the field's rule.
     """
-    takes, choices = kinds(field), field.metadata["choices"]
-    if value is None and NoneType in takes:
+    if value is None and NoneType in kinds(field):
         return None
-    if isinstance(value, bool):
-        if bool in takes:
-            return value
-    elif isinstance(value, numbers.Integral) and int in takes:
-        if _within(field, int(value)):
-            return int(value)
-    elif isinstance(value, numbers.Real) and float in takes:
-        if _within(field, float(value)):
-            return float(value)
-    elif isinstance(value, (str, os.PathLike)) and str in takes:
-        text = os.fspath(value)
-        if text in choices or not choices and text and "\n" not in text:
-            return text
-    near = difflib.get_close_matches(str(value), choices, 1)
+    for kind, taken in _TAKEN_AS.items():
+        fits = isinstance(value, taken) and isinstance(value, bool) == (kind is bool)
+        if fits and kind in kinds(field) and _keeps_rule(field, kind(value)):
+            return kind(value)
+    near = difflib.get_close_matches(str(value), field.metadata["choices"], 1)
     example = near[0] if near else f"{written(field.default)}, its default"
     raise ConfigError(
         f"`{field.name}` ({value}) must be {rule(field)}.",
@@ -110,28 +106,22 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     )
 
 
-def _within(field: dataclasses.Field, value: float) -> bool:
-    bounds = field.metadata["bounds"]
-    return (
-        math_lib.isfinite(value)
-        and (bounds["at least"] is None or value >= bounds["at least"])
-        and (bounds["above"] is None or value > bounds["above"])
-        and (bounds["at most"] is None or value <= bounds["at most"])
-        and (bounds["below"] is None or value < bounds["below"])
-    )
+def _keeps_rule(field: dataclasses.Field, value: Any) -> bool:
+    choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if isinstance(value, str):
+        return value in choices if choices else value != "" and "\n" not in value
+    holds = (_HOLDS[word](value, bound) for word, bound in bounds.items())
+    return isinstance(value, bool) or math_lib.isfinite(value) and all(holds)
 
 
 def rule(field: dataclasses.Field) -> str:
     """Says in words what values a field takes."""
-    given = {word: b for word, b in field.metadata["bounds"].items() if b is not None}
-    bounds = " and ".join(f"{word} {bound}" for word, bound in given.items())
+    bounds = " and ".join(f"{w} {b}" for w, b in field.metadata["bounds"].items())
     parts = list(field.metadata["choices"])
-    for kind, words in KINDS.items():
+    for kind, words in _WORDS.items():
         if kind in kinds(field) and not (kind is str and parts):
             parts.append(f"{words} {bounds}" if kind in (int, float) else words)
-    if NoneType in kinds(field):
-        parts.append("none")
-    parts = [part.strip() for part in parts]
+    parts = [part.strip() for part in parts + ["none"] * (NoneType in kinds(field))]
     return " or ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 

@@ -38,7 +38,7 @@ class ModelVariable:
       key: path that does not depend on what else the process built, for checkpoints.
       value: the tf.Variable.
       keras_variable: the keras.Variable around it, or None for a variable of a tf.Module.
-      owner: the Keras layer whose variable it is, or None.
+      owners: the Keras layers whose variable it is; several where weights are tied.
       autocast: whether its layer reads it in the layer's compute dtype.
     """
 
@@ -46,7 +46,7 @@ class ModelVariable:
     key: str
     value: tf.Variable
     keras_variable: keras.Variable | None = None
-    owner: keras.layers.Layer | None = None
+    owners: tuple[keras.layers.Layer, ...] = ()
     autocast: bool = True
 
     @property
@@ -121,7 +121,7 @@ class Binding:
                 key=f"{path}/{key}" if path else key,
                 value=variable.value,
                 keras_variable=variable,
-                owner=of[0] if len(of) == 1 else None,
+                owners=tuple(of),
                 autocast=variable._autocast and all(layer.autocast for layer in of),
             )
             if id(variable) in trainable:

@@ -238,7 +238,7 @@ class MasterWeights:
         master, compute = entry.value.dtype, self.policy.compute_dtype
         if compute is None or not master.is_floating or not entry.autocast:
             return master
-        if entry.owner is not None and entry.owner.compute_dtype != compute.name:
+        if any(owner.compute_dtype != compute.name for owner in entry.owners):
             return master
         return compute
 
@@ -246,7 +246,7 @@ class MasterWeights:
         if self._sparse is None:
             return False
         named = any(re.search(pattern, entry.name) for pattern in self._sparse)
-        table = type(entry.owner) is keras.layers.Embedding
+        table = [type(owner) for owner in entry.owners] == [keras.layers.Embedding]
         if named and not table:
             raise errors.ConfigError(
                 f"`sparse` names {entry.name!r}, which is no keras.layers.Embedding's.",
@@ -341,7 +341,8 @@ class MasterWeights:
         tables = {id(b.entries[0]) for b in self.buckets if b.sparse}
         for entry, tensor in zip(self._order(), slices):
             if id(entry) in tables:
-                calls.append((entry.owner, sparse_lib.lookup(entry.owner, tensor)))
+                layer, = entry.owners
+                calls.append((layer, sparse_lib.lookup(layer, tensor)))
             elif entry.keras_variable is not None:
                 updates.append((entry.keras_variable, tensor))
             else:

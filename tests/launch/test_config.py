@@ -165,6 +165,19 @@ def test_early_stop_needs_evaluations():
         RunConfig(early_stop="loss:1", mode="train")
 
 
+def test_input_and_output_go_with_their_modes():
+    for settings in ({"input": "i"}, {"input": "i", "mode": "export"},
+                     {"output": "o", "mode": "all"}):  # fmt: skip
+        with pytest.raises(ConfigError, match="goes with `mode` predict"):
+            RunConfig(**settings)
+    assert RunConfig(mode="export", output="o").output == "o"
+
+
+def test_an_unknown_policy_is_refused_at_once():
+    with pytest.raises(ConfigError, match="`policy` .float31."):
+        RunConfig(policy="float31")
+
+
 def test_which_end_of_a_metric_is_better():
     for name in ("loss", "mean_squared_error", "crossentropy", "mae"):
         assert better(name) == "min"

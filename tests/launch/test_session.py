@@ -112,6 +112,7 @@ def lines():
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_then_every_other_mode(capsys):
     results = run()
     assert list(results) == ["train", "validation", "test"]
@@ -157,6 +158,7 @@ def test_train_and_evaluate_then_every_other_mode(capsys):
     )
 
 
+@pytest.mark.slow
 def test_going_on_is_the_same_as_never_stopping():
     run(workdir="whole", train_epochs=4)
     run(workdir="parts", train_epochs=2)
@@ -194,6 +196,7 @@ class Worse(Line):
         return {"x": X, "y": Y if split != "train" else 1 - Y}
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_at_the_best_checkpoint(capsys):
     settings = {"train_epochs": 50, "early_stop": "loss:2", "workdir": "w"}
     results = launch.run(Worse, **settings)

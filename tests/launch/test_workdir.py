@@ -84,7 +84,7 @@ def test_a_folder_in_the_place_of_the_link_is_an_error(runs):
 
 def test_the_flagfile_repeats_the_run_without_its_folder(tmp_path):
     config = merged(Config, {}, dict(
-        train_steps=7, hidden=3, learning_rate=1e-5, mode="all", data_dir=str(tmp_path),
+        train_steps=7, hidden=3, learning_rate=1e-5, mode="predict", data_dir="d",
         workdir="x", resume=True, allow_changed_flags=True, input="i", output="o",
     ))  # fmt: skip
     path = workdir.write_flagfile(str(tmp_path), config)
