@@ -46,8 +46,6 @@ def predictor(experiment: Any) -> Callable[[Mapping[str, np.ndarray]], Any]:
 
 def export(experiment: Any, path: str, weights_dtype: str) -> str:
     """Writes a SavedModel of `experiment.predict` (see `Experiment.export`)."""
-    from mpl import __version__
-
     in_float32 = weights_dtype == "float32"
     twin = twin_of(experiment, "float32" if in_float32 else experiment.policy)
     everything = tf.nest.flatten(twin.weights)
@@ -71,7 +69,6 @@ def export(experiment: Any, path: str, weights_dtype: str) -> str:
         "weights": weights_dtype,
         "step": int(experiment.global_step.numpy()),
         "metrics": list(experiment.metrics()),
-        "mpl": __version__,
     }
     return export_lib.export_saved_model(
         holder, predict, _features(experiment, twin), path,

@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 # Values of a train report that describe the step, not the model.
 _OF_THE_STEP = frozenset(
-    ("loss_scale", "applied_steps", "skipped_steps", "grad_norm", "learning_rate")
+    ("loss_scale", "applied_steps", "skipped_steps", "grad_norm", "learning_rate",
+     "steps_per_sec")
 )
 
 
