@@ -127,10 +127,9 @@ def test_entries_have_names_of_variables(strategy_of, tmp_path):
     path = _save(step, tmp_path)
     shapes = dict(tf.train.list_variables(path))
     for kind in ("momentum", "average"):
-        found = {key: shape for key, shape in shapes.items() if f"/{kind}/" in key}
         for entry in step.weights.entries:
-            key, = (key for key in found if key.endswith(
-                f"{kind}/{entry.key}".replace("/", ".S")) or f"{kind}/{entry.key}" in key)
+            name = "|".join([kind, *entry.key.split("/")])
+            key, = (key for key in shapes if key.endswith(name))
             assert shapes[key] == entry.value.shape.as_list()
 
 
@@ -176,9 +175,8 @@ def test_rebuild_keeps_the_slots_of_what_stays(strategy_of, name):
     before = _by_name(step)
     step.model.layers[0].trainable = False
     step.weights.rebuild()
-    frozen = {entry.key for entry in step.weights.entries}
     after = _by_name(step)
     for key, value in after.items():
         np.testing.assert_array_equal(value, before[key], err_msg=key)
     gone = set(before) - set(after)
-    assert gone and all("conv2d/" in key for key in gone) and frozen
+    assert gone and all("conv2d" in key for key in gone)
