@@ -89,7 +89,7 @@ class GanDigits(mpl.Experiment):
             ])
             self.update_metrics(loss_d, d)
 
-        self.strategy.run(replica_step, args=(next(iterator),))
+        self.strategy.run(self.compiled(replica_step), args=(next(iterator),))
 
     def generate(self, batch, training):
         return self.model["generator"](batch["label"], training=training)

@@ -39,6 +39,7 @@ class Experiment:
     Attributes:
       Config: the settings, a subclass of `RunConfig`; None: `RunConfig` itself.
       policy_overrides: from pattern of a layer's path to the name of its policy.
+      accumulates: whether a `train_step` of its own heeds `config.accumulate_steps`.
       config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
       global_step: int64 variable, attempted steps.
       train_steps: length of the training in steps.
@@ -46,6 +47,7 @@ class Experiment:
 
     Config: Any = None
     policy_overrides: Mapping[str, str] = {}
+    accumulates = False
 
     # What a researcher writes.
 
@@ -176,6 +178,13 @@ class Experiment:
         distribute.check_batch(
             config.global_batch_size, replicas, config.accumulate_steps
         )
+        own_step = type(self).train_step is not Experiment.train_step
+        if config.accumulate_steps > 1 and own_step and not self.accumulates:
+            raise errors.ConfigError(
+                f"`accumulate_steps` ({config.accumulate_steps}) has no effect on "
+                f"{type(self).__name__}.train_step.",
+                "Use mpl.accumulate in it, and set `accumulates = True` in the class.",
+            )
         self._jit_compile = _use_xla(config.jit_compile, replicas)
         self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
         self._build_pipelines()

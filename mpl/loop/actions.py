@@ -4,6 +4,8 @@ An action is called with the output of the block or the evaluation. What an acti
 remember is in variables: put it into the checkpoint, and a resumed run goes on alike.
 """
 
+import functools
+import operator
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,70 +17,62 @@ from mpl.errors import ConfigError
 from mpl.loop.inner_loop import counter
 
 Action = Callable[[Any], Any]
-
-
-class EverySteps(tf.Module):
-    """Calls actions once for each multiple of `interval` that `global_step` reaches.
-
-    Blocks need not end at the multiples; one that passes several calls once.
-    """
-
-    def __init__(
-        self,
-        action: Action | Sequence[Action],
-        interval: int,
-        global_step: tf.Variable,
-    ):
-        super().__init__()
-        _require_positive("interval", interval)
-        self.action, self._interval = action, interval
-        self._global_step, self._last = global_step, counter()
-
-    def __call__(self, output: Any) -> None:
-        step, last = int(self._global_step.numpy()), int(self._last.numpy())
-        if step // self._interval > last // self._interval:
-            _call_all(self.action, output)
-        self._last.assign(step)
-
-
-class EverySecs(tf.Module):
-    """Calls actions when `every_secs` have passed since it did, or since its making."""
-
-    def __init__(
-        self,
-        action: Action | Sequence[Action],
-        every_secs: float,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        super().__init__()
-        self.action, self._every_secs = action, every_secs
-        self._clock, self._last = clock, clock()
-
-    def __call__(self, output: Any) -> None:
-        if self._clock() - self._last >= self._every_secs:
-            _call_all(self.action, output)
-            self._last = self._clock()
+Actions = Action | Sequence[Action]
 
 
 class Conditional(tf.Module):
     """Calls actions when `condition(output)` is true."""
 
-    def __init__(
-        self, condition: Callable[[Any], Any], action: Action | Sequence[Action]
-    ):
+    def __init__(self, condition: Callable[[Any], Any], action: Actions):
         super().__init__()
         self.condition, self.action = condition, action
 
     def __call__(self, output: Any) -> None:
         if self.condition(output):
-            _call_all(self.action, output)
+            several = isinstance(self.action, Sequence)
+            for action in self.action if several else [self.action]:
+                action(output)
+
+
+class EverySteps(Conditional):
+    """Calls actions once for each multiple of `interval` that `global_step` reaches.
+
+    Blocks need not end at the multiples; one that passes several calls once.
+    """
+
+    def __init__(self, action: Actions, interval: int, global_step: tf.Variable):
+        super().__init__(self._is_due, action)
+        require_positive("interval", interval)
+        self._interval, self._global_step, self._last = interval, global_step, counter()
+
+    def _is_due(self, output: Any) -> bool:
+        step, last = int(self._global_step.numpy()), int(self._last.numpy())
+        self._last.assign(step)
+        return step // self._interval > last // self._interval
+
+
+class EverySecs(Conditional):
+    """Calls actions when `every_secs` have passed since it did, or since its making."""
+
+    def __init__(
+        self, action: Actions, every_secs: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        super().__init__(self._is_due, action)
+        self._every_secs, self._clock, self._last = every_secs, clock, clock()
+
+    def _is_due(self, output: Any) -> bool:
+        is_due = self._clock() - self._last >= self._every_secs
+        self._last = self._clock() if is_due else self._last
+        return is_due
 
 
 class NewBestMetric(tf.Module):
     """A condition: true when a metric is better than all before. NaN never is.
 
-    Calling it keeps the new best value. `test` does not: use it as the condition, and
-    `commit` as the last of the actions, where the best counts only once they are done.
+    Calling it keeps the new best value, as `commit` does. `test` does not: use it as
+    the condition, and `commit` as the last of the actions, where the best counts only
+    once they are done.
 
     Args:
         metric: Name of a number in the output, "validation/accuracy" for the accuracy
@@ -95,9 +89,6 @@ class NewBestMetric(tf.Module):
             worst = tf.constant(-self._sign * float("inf"), tf.float64)
             self._best = tf.Variable(worst, trainable=False)
 
-    def __call__(self, output: Any) -> bool:
-        return self.commit(output)
-
     @property
     def best_value(self) -> float:
         """The best value so far, ∓inf before the first."""
@@ -107,17 +98,13 @@ class NewBestMetric(tf.Module):
         """Returns the metric's value in an output."""
         if callable(self._metric):
             return float(self._metric(output))
-        if self._metric in output:
-            return float(output[self._metric])
+        is_whole = self._metric in output  # "a/b" itself, not "b" in "a"
+        names = [self._metric] if is_whole else self._metric.split("/")
         try:
-            for name in self._metric.split("/"):
-                output = output[name]
+            return float(functools.reduce(operator.getitem, names, output))
         except (KeyError, TypeError):
-            raise ConfigError(
-                f"`metric` ({self._metric}) is not in the output: {output!r}.",
-                "Name one that is, as `metric` or `set/metric`.",
-            ) from None
-        return float(output)
+            cause = f"`metric` ({self._metric}) is not in the output: {output!r}."
+            raise ConfigError(cause, "Name one that is, as `metric` or `set/metric`.")
 
     def test(self, output: Any) -> bool:
         """Returns whether the output's value is a new best."""
@@ -129,6 +116,8 @@ class NewBestMetric(tf.Module):
         if is_best:
             self._best.assign(self.metric_value(output))
         return is_best
+
+    __call__ = commit
 
 
 class EarlyStopping(tf.Module):
@@ -145,23 +134,17 @@ class EarlyStopping(tf.Module):
     """
 
     def __init__(
-        self,
-        metric: str | Callable[[Any], Any],
-        patience: int,
-        mode: str = "max",
-        stop: Callable[[], Any] | None = None,
+        self, metric: str | Callable[[Any], Any], patience: int, mode: str = "max",
+        stop: Callable[[], Any] = lambda: None,
     ):
         super().__init__()
-        _require_positive("patience", patience)
+        require_positive("patience", patience)
         self.best, self._waited = NewBestMetric(metric, mode), counter()
         self._patience, self._stop = patience, stop
 
     def __call__(self, output: Any) -> None:
-        if self.best(output):
-            self._waited.assign(0)
-        else:
-            self._waited.assign_add(1)
-        if self.stopped and self._stop:
+        self._waited.assign(0 if self.best(output) else self._waited + 1)
+        if self.stopped:
             self._stop()
 
     @property
@@ -184,14 +167,10 @@ class ExportSavedModel:
     """
 
     def __init__(
-        self,
-        export: Callable[[str], Any],
-        directory: str | os.PathLike[str],
-        *,
-        global_step: tf.Variable,
-        max_to_keep: int = 5,
+        self, export: Callable[[str], Any], directory: str | os.PathLike[str],
+        *, global_step: tf.Variable, max_to_keep: int = 5,
     ):
-        _require_positive("max_to_keep", max_to_keep)
+        require_positive("max_to_keep", max_to_keep)
         self._export, self._directory = export, os.fspath(directory)
         self._global_step, self._max_to_keep = global_step, max_to_keep
 
@@ -210,11 +189,8 @@ class ExportSavedModel:
             tf.io.gfile.rmtree(os.path.join(self._directory, str(step)))
 
 
-def _call_all(actions: Action | Sequence[Action], output: Any) -> None:
-    for action in actions if isinstance(actions, Sequence) else (actions,):
-        action(output)
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"`{name}` ({value}) must be 1 or more.", "Use 1 or more.")
+def require_positive(name: str, value: int) -> None:
+    """Raises a ConfigError if a value is not a whole number, 1 or more."""
+    if not isinstance(value, int) or value < 1:
+        cause = f"`{name}` ({value}) must be a whole number, 1 or more."
+        raise ConfigError(cause, "Use 1 or more.")

@@ -2,13 +2,12 @@
 
 import abc
 import dataclasses
-import types
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
-from mpl.loop.inner_loop import InnerLoop, iterators_of
+from mpl.loop.inner_loop import InnerLoop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +16,8 @@ class EvaluatorOptions:
 
     Attributes:
         use_tf_function: Trace the step; False runs it eagerly, for debugging.
-        use_tf_while_loop: Run all steps as one `tf.while`, where no state is handed
-            from step to step in Python. Needs `use_tf_function`.
+        use_tf_while_loop: Run all steps as one `tf.while`, unless `eval_reduce` is
+            overridden, which Python calls. Needs `use_tf_function`.
         recreate_iterator_for_each_eval: Begin each evaluation at the first batch; False
             goes on where the last one stopped, and begins anew once the data ended.
     """
@@ -37,9 +36,8 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
                 state = eval_reduce(state, eval_step(iterator))
             return eval_end(state)                 # eval_end() if the state is None
 
-    Where `eval_begin` returns None and `eval_reduce` is not overridden, metrics live in
-    variables and the loop is one `tf.while`; else it is a Python loop, and
-    `eval_reduce` may do anything.
+    Where `eval_reduce` is not overridden, metrics live in variables and the loop is one
+    `tf.while`; else it is a Python loop, and `eval_reduce` may do anything.
 
     Args:
         eval_dataset: A tf.data.Dataset, a distributed one, or a nest of them; None
@@ -49,17 +47,16 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
     """
 
     def __init__(
-        self,
-        eval_dataset: Any = None,
-        options: EvaluatorOptions | None = None,
-        *,
-        name: str | None = None,
+        self, eval_dataset: Any = None, options: EvaluatorOptions | None = None,
+        *, name: str | None = None,
     ):
         super().__init__(name=name)
-        # In a plain object: tf.train.Checkpoint would save iterators.
-        self._hidden = types.SimpleNamespace(dataset=eval_dataset, iterators=None)
-        self._hidden.options = options or EvaluatorOptions()
-        self._hidden.loop = InnerLoop(self.eval_step, self._hidden.options)
+        options = options or EvaluatorOptions()
+        self._begins_anew = options.recreate_iterator_for_each_eval
+        self._reduces = type(self).eval_reduce is not Evaluator.eval_reduce
+        if self._reduces:
+            options = dataclasses.replace(options, use_tf_while_loop=False)
+        self._loop = InnerLoop(self.eval_step, options, eval_dataset)
 
     @abc.abstractmethod
     def eval_step(self, iterator: Any) -> Any:
@@ -85,7 +82,7 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
 
     def make_eval_dataset(self) -> Any:
         """Returns the data of an evaluation."""
-        return self._hidden.dataset
+        return self._loop.dataset
 
     def evaluate(self, num_steps: tf.Tensor | int = -1) -> dict[str, Any] | None:
         """Evaluates `num_steps` steps; -1: all of the data.
@@ -93,37 +90,31 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
         Raises:
             EndOfDataError: There was not one batch.
         """
-        hidden, state = self._hidden, self.eval_begin()
-        in_graph = state is None and type(self).eval_reduce is Evaluator.eval_reduce
+        loop, state = self._loop, self.eval_begin()
 
         def collect(outputs: Any) -> None:
             nonlocal state
             state = self.eval_reduce(state, outputs)
 
-        if hidden.iterators is None:
-            hidden.iterators = iterators_of(self.make_eval_dataset())
-        try:
-            collector = None if in_graph else collect
-            hidden.loop.run(hidden.iterators, num_steps, collect=collector)
-        finally:
-            if hidden.options.recreate_iterator_for_each_eval or hidden.loop.data_ended:
-                hidden.iterators = None
-        if hidden.loop.data_ended and num_steps >= 0:
-            asked = int(num_steps)
-            done = self.steps_done
+        if self._begins_anew or loop.data_ended:
+            loop.iterators = None
+        collector = collect if self._reduces else None
+        loop.run(num_steps, self.make_eval_dataset, collect=collector)
+        if loop.data_ended and num_steps >= 0:
+            done, asked = loop.steps_done, int(num_steps)
             logging.warning("The data ended after %d of %d steps.", done, asked)
         return self.eval_end() if state is None else self.eval_end(state)
 
     @property
     def steps_done(self) -> int:
         """How many steps the last `evaluate` made."""
-        return self._hidden.loop.steps_done
+        return self._loop.steps_done
 
     @property
     def eval_dataset(self) -> Any:
         """The data; new ones begin at their first batch."""
-        return self._hidden.dataset
+        return self._loop.dataset
 
     @eval_dataset.setter
     def eval_dataset(self, eval_dataset: Any) -> None:
-        self._hidden.dataset, self._hidden.iterators = eval_dataset, None
+        self._loop.dataset, self._loop.iterators = eval_dataset, None

@@ -1,6 +1,5 @@
 """Runs a step many times: what trainers and evaluators have in common."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,30 +19,33 @@ class StepIterator:
     Args:
         iterator: A `tf.data.Iterator` or a distributed one.
         position: int64 variable that counts the batches, or None.
-        take: `take(n)` gives the step's n-th batch, taken before the step starts.
-            None: every batch is taken where `next` stands.
+        around: The graph around that of a traced step, where its batches are taken;
+            None: they are taken where `next` stands.
+        taken: Those taken there so far, in order; a step that makes variables is
+            traced twice, with the same batches.
     """
 
     def __init__(
-        self,
-        iterator: Any,
-        position: tf.Variable | None = None,
-        take: Callable[[int], Any] | None = None,
+        self, iterator: Any, position: Any, around: tf.Graph | None, taken: list
     ):
-        self._iterator, self._position, self._take = iterator, position, take
-        self._graph, self._taken = _graph(), 0
+        self._iterator, self._position = iterator, position
+        self._around, self._taken = around, taken
+        self._graph, self._count = _graph(), 0
 
     def __iter__(self) -> "StepIterator":
         return self
 
     def __next__(self) -> Any:
         if self._graph is not _graph():  # in a tf.while or tf.cond of the step
-            self._take = None  # for good, or batches would change places
-        if self._take is None:
+            self._around = None  # for good, or batches would change places
+        if self._around is None:
             batch = next(self._iterator)
         else:
-            batch = self._take(self._taken)
-            self._taken += 1
+            if self._count == len(self._taken):
+                with self._around.as_default():
+                    self._taken.append(next(self._iterator))
+            batch = self._taken[self._count]
+            self._count += 1
         if self._position is not None:
             tensors = tf.nest.flatten(batch, expand_composites=True)
             with tf.control_dependencies(tensors):  # the end of the data counts not
@@ -66,11 +68,15 @@ class InnerLoop:
     not depend on the batch would run: `global_step.assign_add(1)` for one.)
 
     Args:
-        step: Called with a `StepIterator` for each iterator, nested as they are.
+        step: Called with a `StepIterator` for each dataset, nested as they are.
         options: `TrainerOptions`, or others with the same attributes.
+        dataset: Kept for the owner, as `iterators` are: in this plain object, as
+            tf.train.Checkpoint would save those of a tf.Module.
         should_stop: Returns a boolean tensor before each step, or None.
 
     Attributes:
+        iterators: Where the next `run` goes on; None: it makes new ones.
+        steps_done: How many steps the last `run` finished.
         data_ended: Whether the last `run` ended because the data did.
     """
 
@@ -78,144 +84,110 @@ class InnerLoop:
         self,
         step: Callable[[Any], Any],
         options: Any,
-        should_stop: Callable[[], Any] | None = None,
+        dataset: Any,
+        should_stop: Callable[[], Any] = lambda: None,
     ):
         if options.use_tf_while_loop and not options.use_tf_function:
-            raise ConfigError(
-                "`use_tf_while_loop` (True) needs `use_tf_function`, which is False.",
-                "Set both to False to run eagerly.",
-            )
-        self._step, self._should_stop = step, should_stop
-        traced = options.use_tf_function
-        self._one_step = tf.function(self._run_step) if traced else self._run_step
-        self._block = tf.function(self._run) if options.use_tf_while_loop else self._run
-        self._done_before = counter()
-        self._steps: Any = 0
-        self._traced: dict[Any, tuple[int, str]] = {}
-        self.data_ended = False
-
-    @property
-    def steps_done(self) -> int:
-        """How many steps the last `run` finished."""
-        return int(self._steps)
+            cause = "`use_tf_while_loop` (True) needs `use_tf_function` (False)."
+            raise ConfigError(cause, "Set both to False to run eagerly.")
+        self._step, self._should_stop, self.dataset = step, should_stop, dataset
+        self._block: Any = self._run
+        self._one_step: Any = self._run_step
+        self._traced: Any = None  # of the two
+        if options.use_tf_while_loop:
+            self._block = self._traced = tf.function(self._run)
+        elif options.use_tf_function:
+            self._one_step = self._traced = tf.function(self._run_step)
+        self._traces, self._data = 0, ""  # of the last run
+        self._done, self.steps_done, self.data_ended = counter(), 0, False
+        self.iterators: Any = None
 
     def run(
         self,
-        iterators: Any,
         num_steps: tf.Tensor | int,
+        make_dataset: Callable[[], Any],
         positions: Any = None,
-        collect: Callable[[Any], None] | None = None,
+        collect: Callable[[Any], Any] | None = None,
     ) -> None:
         """Runs `num_steps` steps; -1: all that the data give.
 
         Args:
-            iterators: A nest of `tf.data` or distributed iterators.
             num_steps: int32 or int64 scalar.
+            make_dataset: Returns a dataset or a nest of them, where there is no
+                iterator to go on with.
             positions: A like nest of int64 variables that count batches, or None.
-            collect: Called with what each step returns; the loop is then Python's.
+            collect: Called with what each step returns, where the loop is Python's.
 
         Raises:
             EndOfDataError: There was not one batch.
         """
-        self._positions = [None] * len(tf.nest.flatten(iterators))
-        if positions is not None:
-            self._positions = tf.nest.flatten(positions)
-        block = self._run if collect else self._block
-        self.data_ended = False
+        if self.iterators is None:
+            self.iterators = tf.nest.map_structure(_iterator, make_dataset())
+        if positions is None:
+            positions = tf.nest.map_structure(lambda _: None, self.iterators)
+        tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
+        self._positions, self.data_ended = positions, False
         try:
-            self._steps = block(iterators, tf.cast(num_steps, tf.int64), collect)
+            self._block(self.iterators, tf.cast(num_steps, tf.int64), collect)
         except (StopIteration, tf.errors.OutOfRangeError):
-            self.data_ended, self._steps = True, int(self._done_before.numpy())
-        self._warn_of_retrace(iterators)
-        if self.data_ended and self._steps == 0:
-            raise EndOfDataError(
-                f"{int(num_steps)} steps were asked for and the data gave no batch.",
-                "Give data that are not empty, and repeat them to train for longer.",
-            )
+            self.data_ended = True
+        self.steps_done = int(self._done.numpy())
+        self._warn_of_retrace()
+        if self.data_ended and self.steps_done == 0:
+            cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
+            raise EndOfDataError(cause, "Give data, and repeat them to train for longer.")
 
-    def _run(self, iterators: Any, num_steps: tf.Tensor, collect: Any) -> tf.Tensor:
-        one_step = self._run_step if tf.inside_function() else self._one_step
+    def _run(self, iterators: Any, num_steps: tf.Tensor, collect: Any) -> None:
         done = tf.constant(0, tf.int64)
         while self._goes_on(done, num_steps):  # traced, this is a tf.while
-            with tf.name_scope(""):
-                output = one_step(iterators, done)
+            # Before the step: known when the data end in it.
+            with tf.control_dependencies([self._done.assign(done)]):
+                output = self._one_step(iterators)
             if collect:
                 collect(output)
             done += 1
-        return done
+        self._done.assign(done)
 
     def _goes_on(self, done: tf.Tensor, num_steps: tf.Tensor) -> tf.Tensor:
-        goes_on = (num_steps < 0) | (done < num_steps)
-        stop = self._should_stop() if self._should_stop else None
+        goes_on, stop = (num_steps < 0) | (done < num_steps), self._should_stop()
         return goes_on if stop is None else goes_on & ~tf.convert_to_tensor(stop)
 
-    def _run_step(self, iterators: Any, done: tf.Tensor) -> Any:
-        flat, outer, traced = tf.nest.flatten(iterators), _graph(), tf.inside_function()
-        ahead: list[list] = [[] for _ in flat]
+    def _run_step(self, iterators: Any) -> Any:
+        around = _graph() if tf.inside_function() else None
+        each = zip(tf.nest.flatten(iterators), tf.nest.flatten(self._positions))
+        parts = [(iterator, position, around, []) for iterator, position in each]
 
-        def take(index: int, number: int) -> Any:
-            # A step that makes variables is traced twice; its batches are the same.
-            if number == len(ahead[index]):
-                with outer.as_default():
-                    ahead[index].append(next(flat[index]))
-            return ahead[index][number]
-
-        def step(iterators: Any) -> Any:
-            views = [
-                StepIterator(
-                    iterator,
-                    self._positions[index],
-                    functools.partial(take, index) if traced else None,
-                )
-                for index, iterator in enumerate(tf.nest.flatten(iterators))
-            ]
+        def step(waited_for: Any) -> Any:
+            views = [StepIterator(*part) for part in parts]
             return self._step(tf.nest.pack_sequence_as(iterators, views))
 
-        with tf.control_dependencies([self._done_before.assign(done)]):
-            # Called with the iterators, it waits for what was taken from them.
-            return (tf.function(step) if traced else step)(iterators)
+        # Called with the iterators, it waits for what was taken from them.
+        return (tf.function(step) if around else step)(iterators)
 
-    def _warn_of_retrace(self, iterators: Any) -> None:
-        for function in (self._block, self._one_step):
-            if not hasattr(function, "experimental_get_tracing_count"):
-                continue
-            count = function.experimental_get_tracing_count()
-            specs = str([_spec(iterator) for iterator in tf.nest.flatten(iterators)])
-            before, old_specs = self._traced.get(function, (0, specs))
-            if 0 < before < count:
-                cause = f"the batches changed from {old_specs} to {specs}"
-                if specs == old_specs:
-                    cause = "its iterator is of another kind, device or strategy"
-                logging.warning("The step was traced again (%d): %s.", count, cause)
-            self._traced[function] = count, specs
-
-
-def iterators_of(data: Any) -> Any:
-    """Returns an iterator for each dataset of a nest."""
-    for dataset in tf.nest.flatten(data):
-        if not isinstance(dataset, (tf.data.Dataset, tf.distribute.DistributedDataset)):
-            # A trace would call a Python iterator once, and keep its batch for ever.
-            raise ConfigError(
-                f"The data are a {type(dataset).__name__}, not a tf.data.Dataset.",
-                "Use tf.data.Dataset, e.g. `from_tensor_slices` or `from_generator`.",
-            )
-    return tf.nest.map_structure(iter, data)
+    def _warn_of_retrace(self) -> None:
+        count = self._traced.experimental_get_tracing_count() if self._traced else 0
+        flat = tf.nest.flatten(self.iterators)
+        data = str([(type(i).__name__, getattr(i, "element_spec", "")) for i in flat])
+        if 0 < self._traces < count:
+            text = "The step was traced again (%d): its data were %s and are now %s."
+            logging.warning(text, count, self._data, data)
+        self._traces, self._data = count, data
 
 
 def counter() -> tf.Variable:
-    """Returns an int64 variable of the host, which counts in every context alike."""
+    """Returns an int64 variable of the host, at 0."""
     with tf.device("CPU"):
-        return tf.Variable(
-            0,
-            dtype=tf.int64,
-            trainable=False,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
+        return tf.Variable(0, dtype=tf.int64, trainable=False)
+
+
+def _iterator(dataset: Any) -> Any:
+    if not isinstance(dataset, (tf.data.Dataset, tf.distribute.DistributedDataset)):
+        # A trace would call a Python iterator once, and keep its batch for ever.
+        cause = f"The data are a {type(dataset).__name__}, not a tf.data.Dataset."
+        remedy = "Use tf.data.Dataset, e.g. `from_tensor_slices` or `from_generator`."
+        raise ConfigError(cause, remedy)
+    return iter(dataset)
 
 
 def _graph() -> tf.Graph:
     return tf.compat.v1.get_default_graph()
-
-
-def _spec(iterator: Any) -> Any:
-    return getattr(iterator, "element_spec", type(iterator))

@@ -2,14 +2,13 @@
 
 import abc
 import dataclasses
-import types
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
-from mpl.errors import ConfigError, NonFiniteError
-from mpl.loop.inner_loop import InnerLoop, counter, iterators_of
+from mpl.errors import NonFiniteError
+from mpl.loop.inner_loop import InnerLoop, counter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +47,14 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     """
 
     def __init__(
-        self,
-        train_dataset: Any = None,
-        options: TrainerOptions | None = None,
-        *,
-        name: str | None = None,
+        self, train_dataset: Any = None, options: TrainerOptions | None = None,
+        *, name: str | None = None,
     ):
         super().__init__(name=name)
         self.position = tf.nest.map_structure(lambda _: counter(), train_dataset)
-        # In a plain object: tf.train.Checkpoint would save iterators.
-        self._hidden = types.SimpleNamespace(dataset=train_dataset, iterators=None)
-        self._hidden.loop = InnerLoop(
-            self.train_step, options or TrainerOptions(), self.should_stop
+        options = options or TrainerOptions()
+        self._loop = InnerLoop(
+            self.train_step, options, train_dataset, self.should_stop
         )
 
     @abc.abstractmethod
@@ -95,10 +90,11 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
 
         def seek(dataset: Any, position: tf.Variable) -> Any:
             num_batches = int(position.numpy())
-            if num_batches and not hasattr(dataset, "skip"):
+            if num_batches and hasattr(dataset, "skip"):
+                return dataset.skip(num_batches)
+            if num_batches:
                 logging.warning("%s begins anew, at batch 0.", type(dataset).__name__)
-                return dataset
-            return dataset.skip(num_batches) if num_batches else dataset
+            return dataset
 
         return tf.nest.map_structure(seek, self.train_dataset, self.position)
 
@@ -112,22 +108,12 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
             EndOfDataError: There was not one batch.
         """
         self.train_loop_begin()
-        if self._hidden.iterators is None:
-            iterators = iterators_of(self.make_train_dataset())
-            counts = [len(tf.nest.flatten(x)) for x in (iterators, self.position)]
-            if counts[0] != counts[1]:
-                raise ConfigError(
-                    f"`make_train_dataset` gave {counts[0]} datasets, and `position` "
-                    f"is {counts[1]} variables.",
-                    "Set `self.position` to a nest of int64 variables like the data.",
-                )
-            self._hidden.iterators = iterators
-        self._hidden.loop.run(self._hidden.iterators, num_steps, self.position)
+        self._loop.run(num_steps, self.make_train_dataset, self.position)
         return self.train_loop_end()
 
     def reset_iterator(self, position: int | None = None) -> None:
         """Lets the next `train` begin at `position`, as it is now or as given."""
-        self._hidden.iterators = None
+        self._loop.iterators = None
         if position is not None:
             for variable in tf.nest.flatten(self.position):
                 variable.assign(position)
@@ -135,19 +121,19 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     @property
     def steps_done(self) -> int:
         """How many steps the last `train` finished."""
-        return self._hidden.loop.steps_done
+        return self._loop.steps_done
 
     @property
     def data_ended(self) -> bool:
         """Whether the last `train` came to the end of the data."""
-        return self._hidden.loop.data_ended
+        return self._loop.data_ended
 
     @property
     def train_dataset(self) -> Any:
         """The data; new ones begin at position 0."""
-        return self._hidden.dataset
+        return self._loop.dataset
 
     @train_dataset.setter
     def train_dataset(self, train_dataset: Any) -> None:
-        self._hidden.dataset = train_dataset
+        self._loop.dataset = train_dataset
         self.reset_iterator(position=0)

@@ -156,12 +156,12 @@ def test_export_keeps_the_last_versions_whole(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: EverySteps(print, 0, None), "`interval` .0. must be 1 or more"),
+        (lambda: EverySteps(print, 0, None), "`interval` .0. must be a whole number, 1 or more"),
         (lambda: NewBestMetric("x", "best"), "`mode` .best. must be max or min"),
-        (lambda: EarlyStopping("x", 0), "`patience` .0. must be 1 or more"),
+        (lambda: EarlyStopping("x", 0), "`patience` .0. must be a whole number, 1 or more"),
         (
             lambda: ExportSavedModel(print, "x", global_step=None, max_to_keep=0),
-            "`max_to_keep` .0. must be 1 or more",
+            "`max_to_keep` .0. must be a whole number, 1 or more",
         ),
     ],
 )
