@@ -352,15 +352,14 @@ class _Trainer(trainer_lib.Trainer):
                               for optimizer in tf.nest.flatten(self._experiment.optimizer)])
 
     def nonfinite_error(self) -> errors.NonFiniteError:
-        step = int(self._experiment.global_step)
-        for optimizer in tf.nest.flatten(self._experiment.optimizer):
-            if optimizer.consecutive_skips >= self._experiment.config.max_consecutive_skips:
-                return errors.NonFiniteError(
-                    f"At step {step}: {optimizer.nonfinite_report()}.",
-                    "Lower the learning rate, clip the gradient (--clip_norm=1), or "
-                    "train in --policy=mixed_bfloat16 or float32.",
-                )
-        raise AssertionError("no optimizer is at the limit")
+        optimizers = tf.nest.flatten(self._experiment.optimizer)
+        reports = [optimizer.nonfinite_report() for optimizer in optimizers]
+        return errors.NonFiniteError(
+            f"At step {int(self._experiment.global_step)}: "
+            f"{next(filter(None, reports))}.",
+            "Lower the learning rate, clip the gradient (--clip_norm=1), or train in "
+            "--policy=mixed_bfloat16 or float32.",
+        )
 
     def report(self) -> dict[str, Any]:
         return self._experiment.train_report()

@@ -5,31 +5,15 @@
 Next: `mpl.record`, state out.
 """
 
-from mpl.loop.actions import (
-    Conditional,
-    EarlyStopping,
-    EverySecs,
-    EverySteps,
-    ExportSavedModel,
-    NewBestMetric,
-)
+from mpl.loop.actions import Conditional, EarlyStopping, EverySecs, EverySteps
+from mpl.loop.actions import ExportSavedModel, NewBestMetric
 from mpl.loop.controller import Controller, Reporter
 from mpl.loop.evaluator import Evaluator, EvaluatorOptions
 from mpl.loop.inner_loop import EndOfDataError
 from mpl.loop.trainer import Trainer, TrainerOptions
 
 __all__ = [
-    "Conditional",
-    "Controller",
-    "EarlyStopping",
-    "EndOfDataError",
-    "Evaluator",
-    "EvaluatorOptions",
-    "EverySecs",
-    "EverySteps",
-    "ExportSavedModel",
-    "NewBestMetric",
-    "Reporter",
-    "Trainer",
-    "TrainerOptions",
+    "Conditional", "Controller", "EarlyStopping", "EndOfDataError", "Evaluator",
+    "EvaluatorOptions", "EverySecs", "EverySteps", "ExportSavedModel", "NewBestMetric",
+    "Reporter", "Trainer", "TrainerOptions",
 ]

@@ -104,7 +104,8 @@ class NewBestMetric(tf.Module):
             return float(functools.reduce(operator.getitem, names, output))
         except (KeyError, TypeError):
             cause = f"`metric` ({self._metric}) is not in the output: {output!r}."
-            raise ConfigError(cause, "Name one that is, as `metric` or `set/metric`.")
+            remedy = "Name one that is, as `metric` or `set/metric`."
+            raise ConfigError(cause, remedy) from None
 
     def test(self, output: Any) -> bool:
         """Returns whether the output's value is a new best."""
@@ -191,6 +192,6 @@ class ExportSavedModel:
 
 def require_positive(name: str, value: int) -> None:
     """Raises a ConfigError if a value is not a whole number, 1 or more."""
-    if not isinstance(value, int) or value < 1:
+    if value < 1 or int(value) != value:
         cause = f"`{name}` ({value}) must be a whole number, 1 or more."
         raise ConfigError(cause, "Use 1 or more.")

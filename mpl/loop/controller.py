@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from mpl.errors import CheckpointError, ConfigError
-from mpl.loop.actions import Action
+from mpl.loop.actions import Action, require_positive
 from mpl.loop.evaluator import Evaluator
 from mpl.loop.inner_loop import EndOfDataError
 from mpl.loop.interrupt import Interrupt
@@ -89,57 +89,40 @@ class Controller:
     """
 
     def __init__(
-        self,
-        *,
-        global_step: tf.Variable,
-        trainer: Trainer | None = None,
+        self, *, global_step: tf.Variable, trainer: Trainer | None = None,
         evaluator: Evaluator | Mapping[str, Evaluator] | None = None,
         strategy: tf.distribute.Strategy | None = None,
         train_actions: Sequence[Action] | None = None,
         eval_actions: Sequence[Action] | None = None,
-        steps_per_loop: int | Callable[[int], int] | None = None,
-        log_every_steps: int | None = None,
-        eval_every_steps: int | None = None,
-        checkpoint_manager: Any = None,
-        checkpoint_every_steps: int | None = None,
-        summary_interval: int | None = None,
-        summary_dir: str | None = None,
-        eval_summary_dir: str | None = None,
+        steps_per_loop: int = 100, log_every_steps: int | None = None,
+        eval_every_steps: int | None = None, checkpoint_manager: Any = None,
+        checkpoint_every_steps: int | None = None, summary_interval: int | None = None,
+        summary_dir: str | None = None, eval_summary_dir: str | None = None,
         reporters: Sequence[Reporter] = (),
         after_restore: Callable[[], Any] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        if trainer is None and evaluator is None:
-            cause = "`trainer` and `evaluator` are both None."
-            raise ConfigError(cause, "Give one of them, or both.")
         if checkpoint_every_steps is None:  # a manager of TensorFlow's may have one
             interval = getattr(checkpoint_manager, "checkpoint_interval", None)
             checkpoint_every_steps = interval
-        self._block_limit = None
-        if callable(steps_per_loop):
-            self._block_limit, steps_per_loop = steps_per_loop, None
-        elif steps_per_loop is None:
-            steps_per_loop = 100
         self._intervals = {
-            "steps_per_loop": steps_per_loop,
-            "log_every_steps": log_every_steps,
-            "eval_every_steps": eval_every_steps,
+            "steps_per_loop": steps_per_loop, "log_every_steps": log_every_steps,
+            "eval_every_steps": eval_every_steps, "summary_interval": summary_interval,
             "checkpoint_every_steps": checkpoint_every_steps,
-            "summary_interval": summary_interval,
         }
         for name, value in self._intervals.items():
-            _check_interval(name, value)
+            if value is not None:
+                require_positive(name, value)
         self.global_step, self.strategy = global_step, strategy
         self.trainer: Any = trainer
         self.evaluator: Any = evaluator
         self.train_actions = tuple(train_actions or ())
         self.eval_actions = tuple(eval_actions or ())
         self.checkpoint_manager, self.reporters = checkpoint_manager, tuple(reporters)
-        self.stop_training, self._interrupt = False, Interrupt()
-        self._summary_dir = summary_dir
+        self._summaries, self._summary_dir = Summaries(global_step), summary_dir
         self._eval_summary_dir = eval_summary_dir or summary_dir
-        self._summaries = Summaries(global_step)
         self._after_restore, self._clock = after_restore, clock
+        self.stop_training, self._interrupt = False, Interrupt()
         self._saved_at: int | None = None
 
     def train(self, steps: int, checkpoint_at_completion: bool = True) -> None:
@@ -166,7 +149,6 @@ class Controller:
             The last results, as `evaluate` does.
         """
         self._need("evaluator")
-        _check_interval("eval_interval", eval_interval)
         interval = eval_interval or self._intervals["eval_every_steps"]
         evaluate = functools.partial(self.evaluate, eval_steps)
         return self._run(train_steps, True, evaluate, interval)
@@ -182,17 +164,14 @@ class Controller:
             evaluators by name a dict of them by that name.
         """
         self._need("evaluator")
-        if steps < 1 and steps != -1:
-            cause = f"`steps` ({steps}) must be 1 or more, or -1."
-            raise ConfigError(cause, "Use -1 for all of the data.")
+        if steps != -1:
+            require_positive("steps", steps)
         step, results = int(self.global_step.numpy()), {}
         is_named = isinstance(self.evaluator, Mapping)
         named = self.evaluator if is_named else {"validation": self.evaluator}
         for split, evaluator in named.items():
-            directory = self._eval_summary_dir
-            if directory and is_named:
-                directory = os.path.join(directory, split)
-            start = self._clock()
+            parent, start = self._eval_summary_dir, self._clock()
+            directory = parent and os.path.join(parent, split)
             with self._summaries.to(directory):
                 output = evaluator.evaluate(tf.constant(steps, tf.int64))
             results[split] = _on_host(output)
@@ -206,9 +185,7 @@ class Controller:
         return output
 
     def evaluate_continuously(
-        self,
-        steps: int = -1,
-        timeout: float | None = None,
+        self, steps: int = -1, timeout: float | None = None,
         timeout_fn: Callable[[], bool] | None = None,
     ) -> dict[str, Any]:
         """Restores and evaluates each new checkpoint of the manager's directory.
@@ -266,21 +243,18 @@ class Controller:
     def save_checkpoint(self) -> str:
         """Saves a checkpoint, whatever the intervals; returns its path."""
         self._need("checkpoint_manager")
-        step = int(self.global_step.numpy())
-        if isinstance(self.checkpoint_manager, tf.train.CheckpointManager):
-            path = self.checkpoint_manager.save(step, check_interval=False)
-            path = path or self.checkpoint_manager.latest_checkpoint  # saved before
+        manager, step = self.checkpoint_manager, int(self.global_step.numpy())
+        if isinstance(manager, tf.train.CheckpointManager):
+            path = manager.save(step, check_interval=False)
+            path = path or manager.latest_checkpoint  # saved before
         else:
-            path = self.checkpoint_manager.save(step)
+            path = manager.save(step)
         self._saved_at = step
         logging.info("Saved %s.", path)
         return path
 
     def _run(
-        self,
-        steps: int,
-        save: bool,
-        evaluate: Callable[[], dict[str, Any]] = dict,
+        self, steps: int, save: bool, evaluate: Callable[[], dict[str, Any]] = dict,
         eval_interval: int | None = None,
     ) -> dict[str, Any]:
         """Runs blocks of steps and after each what is due; returns the last results."""
@@ -288,9 +262,9 @@ class Controller:
         step = first = int(self.global_step.numpy())
         output: dict[str, Any] = {}
         results: dict[str, Any] = {}
-        evaluated_at, ended, self.stop_training = None, False, False
+        evaluated_at, ended = None, False
         self._steps, self._secs = 0, 0.0  # in blocks since the last log
-        self._act(self.train_actions + self.eval_actions, None)
+        self.stop_training = _stopped(self.train_actions + self.eval_actions)
         intervals = {**self._intervals, "eval_every_steps": eval_interval}
 
         def goes_on() -> bool:
@@ -307,22 +281,21 @@ class Controller:
                     except EndOfDataError:
                         if step == first:
                             raise
-                        ended = True
                         break
-                    step += self.trainer.steps_done
-                    ended = self.trainer.data_ended
+                    step, ended = step + self.trainer.steps_done, self.trainer.data_ended
                     self._act(self.train_actions, output)
-                    if not goes_on():
-                        break  # all is done below
                     due = _due(step, intervals)
+                    if not goes_on():
+                        due.add("log_every_steps")
                     self._report(step, output, due)
-                    if "eval_every_steps" in due:
+                    if "eval_every_steps" in due and not self._interrupt.requested:
                         results, evaluated_at = evaluate(), step
                     if "checkpoint_every_steps" in due:
                         self._save_once(step)
-                too_short = ended and step < steps
-                self._report(step, output, _due(step, intervals) | {"log_every_steps"})
-                is_cut = too_short or self._interrupt.requested
+                self._report(step, output, {"log_every_steps"})
+                is_cut = self._interrupt.requested or (
+                    step < steps and not self.stop_training
+                )
                 if evaluated_at != step and not is_cut:
                     results = evaluate()
                 if save or is_cut:
@@ -333,7 +306,7 @@ class Controller:
             self._summaries.flush()
         if self._interrupt.requested:
             raise KeyboardInterrupt(f"Interrupted after step {step}.")
-        if too_short:
+        if is_cut:
             cause = f"The training data ended after step {step} of {steps}."
             raise EndOfDataError(cause, "Repeat them, or train for -1 steps.")
         return results
@@ -343,63 +316,54 @@ class Controller:
     ) -> dict[str, Any]:
         """Runs the steps up to the nearest boundary; returns the output."""
         lengths = [n - step % n for n in intervals.values() if n]
-        if self._block_limit is not None:
-            lengths.append(max(1, int(self._block_limit(step))))
         length = min(lengths + [steps - step] * (steps >= 0))
         start = self._clock()
         with self._summaries.to(self._summary_dir, intervals["summary_interval"]):
             output = self.trainer.train(tf.constant(length, tf.int64))
         done = self.trainer.steps_done
-        step += done
-        is_due = _due(step, intervals) - {"steps_per_loop"}
-        if is_due or step == steps or done < length:
-            self._check(step, done)  # waits for the devices: the time is training's
-        self._steps += done
-        self._secs += self._clock() - start
+        is_due = _due(step + done, intervals) - {"steps_per_loop"}
+        if is_due or step + done == steps or done < length:
+            self._check(step + done)  # waits for the devices: the time is training's
+        if not (done or self.stop_training):
+            cause = f"`trainer.train` made no step at step {step}."
+            raise ConfigError(cause, "It must make one at least, or raise an error.")
+        self._steps, self._secs = self._steps + done, self._secs + self._clock() - start
         return output or {}
 
-    def _check(self, step: int, done: int) -> None:
+    def _check(self, step: int) -> None:
         """Compares `global_step` with the steps run, and heeds `should_stop`."""
         actual = int(self.global_step.numpy())
         if actual != step:
-            raise ConfigError(
-                f"`global_step` ({actual}) must be {step}, as many steps as were run.",
-                "Add 1 to it in each `train_step`, and nowhere else.",
-            )
+            cause = f"`global_step` ({actual}) must be {step}, the number of steps run."
+            remedy = "Add 1 to it in each `train_step`, and nowhere else."
+            raise ConfigError(cause, remedy)
         stop = self.trainer.should_stop()
         if stop is not None and bool(stop):
-            error = self.trainer.nonfinite_error()
-            if error is not None:
+            if (error := self.trainer.nonfinite_error()) is not None:
                 raise error
             self.stop_training = True
-        elif not done:
-            cause = f"`trainer.train` made no step at step {step}."
-            raise ConfigError(cause, "It must make one at least, or raise an error.")
 
-    def _report(self, step: int, output: Any, due: set[str]) -> None:
+    def _report(self, step: int, output: dict[str, Any], due: set[str]) -> None:
         """Logs and summarises the steps since the last log."""
         logs = "log_every_steps" in due
-        interval = self._intervals["summary_interval"]
-        summarises = logs if interval is None else "summary_interval" in due
+        where_logged = self._intervals["summary_interval"] is None
+        summarises = logs if where_logged else "summary_interval" in due
         if not self._steps or not (logs or summarises):
             return
         values = _on_host({**output, **self.trainer.report()})
-        steps_per_sec = self._steps / max(self._secs, 1e-9)
+        speed = self._steps / max(self._secs, 1e-9)
         if summarises:
-            rate = {"steps_per_sec": steps_per_sec}
-            self._summaries.write(self._summary_dir, {**values, **rate})
+            self._summaries.write(self._summary_dir, {**values, "steps_per_sec": speed})
         if logs:
             for reporter in self.reporters:
-                reporter.train(step, values, steps_per_sec)
+                reporter.train(step, values, speed)
             self.trainer.reset_metrics()
             self._steps, self._secs = 0, 0.0
 
     def _act(self, actions: Sequence[Action], output: Any) -> None:
-        """Calls actions, if there is an output, and heeds those that have `stopped`."""
         for action in actions:
-            if output is not None:
-                action(output)
-            self.stop_training |= bool(getattr(action, "stopped", False))
+            action(output)
+        self.stop_training |= _stopped(actions)
 
     def _save_once(self, step: int) -> None:
         if self.checkpoint_manager is not None and self._saved_at != step:
@@ -414,15 +378,11 @@ class Controller:
 def _due(step: int, intervals: Mapping[str, int | None]) -> set[str]:
     """Returns the names of the intervals of which `step` is a multiple."""
     due = {name for name, n in intervals.items() if n and step % n == 0}
-    if intervals["log_every_steps"] is None:
-        due.add("log_every_steps")
-    return due
+    return due | ({"log_every_steps"} if intervals["log_every_steps"] is None else set())
 
 
-def _check_interval(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        cause = f"`{name}` ({value}) must be a whole number, 1 or more."
-        raise ConfigError(cause, "Give a number of steps, or None for the default.")
+def _stopped(actions: Sequence[Action]) -> bool:
+    return any(getattr(action, "stopped", False) for action in actions)
 
 
 def _restore(manager: tf.train.CheckpointManager, path: str | None) -> str | None:
@@ -446,6 +406,6 @@ def _on_host(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, An
         if isinstance(value, Mapping):
             host.update(_on_host(value, f"{prefix}{name}/"))
         else:
-            array = np.asarray(value.numpy() if tf.is_tensor(value) else value)
+            array = np.asarray(value)
             host[prefix + name] = array if array.ndim else array.item()
     return host

@@ -16,22 +16,20 @@ class Interrupt:
         requested: Whether there was a Ctrl-C since the context was entered.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+    requested = False
 
     def __enter__(self) -> None:
-        self.requested, self._previous = False, signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread():
-            self._previous = None
-        if callable(self._previous):
+        self.requested, self._former = False, signal.getsignal(signal.SIGINT)
+        is_main = threading.current_thread() is threading.main_thread()
+        self._listens = is_main and callable(self._former)
+        if self._listens:
             signal.signal(signal.SIGINT, self._request)
 
     def __exit__(self, *_: Any) -> None:
-        if callable(self._previous):
-            signal.signal(signal.SIGINT, self._previous)
+        if self._listens:
+            signal.signal(signal.SIGINT, self._former)
 
     def _request(self, signum: int, frame: Any) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, self._previous)
+        signal.signal(signal.SIGINT, self._former)
         logging.warning("Interrupted: training ends after this block of steps.")

@@ -17,28 +17,24 @@ class Summaries:
     """
 
     def __init__(self, global_step: tf.Variable):
-        self._global_step = global_step
-        self._writers: dict[str | None, Any] = {None: None}
+        self._global_step, self._writers = global_step, dict[str, Any]()
+        self._can_write: bool | None = None
 
     @contextlib.contextmanager
     def to(self, directory: str | None, interval: int | None = 1) -> Iterator[bool]:
         """Makes `tf.summary` write there at multiples of an interval; None: never."""
-        if directory not in self._writers:
-            self._writers[directory] = None
-            if importlib.util.find_spec("tensorboard") is None:
+        if directory and self._can_write is None:
+            self._can_write = importlib.util.find_spec("tensorboard") is not None
+            if not self._can_write:
                 logging.warning("No summaries: they need `pip install tensorboard`.")
-            else:
-                self._writers[directory] = tf.summary.create_file_writer(directory)
-        writer = self._writers[directory]
-        if writer is None:
+        if not (directory and self._can_write):
             yield False
             return
-
-        def is_multiple() -> tf.Tensor:
-            return tf.equal(self._global_step % interval, 0)
-
-        with writer.as_default(self._global_step):
-            with tf.summary.record_if(is_multiple if interval else False):
+        if directory not in self._writers:
+            self._writers[directory] = tf.summary.create_file_writer(directory)
+        due = (lambda: self._global_step % interval == 0) if interval else False
+        with self._writers[directory].as_default(self._global_step):
+            with tf.summary.record_if(due):
                 yield True
 
     def write(self, directory: str | None, values: Mapping[str, Any]) -> None:
@@ -51,5 +47,4 @@ class Summaries:
     def flush(self) -> None:
         """Puts on disk what was written."""
         for writer in self._writers.values():
-            if writer is not None:
-                writer.flush()
+            writer.flush()

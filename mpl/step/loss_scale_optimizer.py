@@ -292,6 +292,8 @@ class LossScaleOptimizer(tf.Module):
         bad = tf.cast(~tf.math.is_finite(checks), tf.int64)
         position = tf.argmax(bad)
         is_nan = tf.cast(tf.math.is_nan(checks[position]), tf.int64)
+        # -1: another optimizer's gradients were bad, see `apply_together`.
+        position = tf.where(tf.reduce_any(bad > 0), position, -tf.ones_like(position))
         counts = self._counts.read_value()
         row = tf.where(active & finite, tf.zeros_like(counts[1]), counts[1] + skipped)
         new = tf.stack([counts[0] + skipped, row, position, is_nan])
@@ -307,9 +309,11 @@ class LossScaleOptimizer(tf.Module):
             entry.name for entry in (self.weights.state if self.weights else [])
         ]
 
-    def nonfinite_report(self) -> str:
-        """Returns what was bad in the last skipped step, for `NonFiniteError`."""
+    def nonfinite_report(self) -> str | None:
+        """Returns what was bad in the last skipped step; None if nothing here was."""
         _, row, position, is_nan = self._counts.numpy()
+        if position < 0:
+            return None
         name = self.check_names()[position]
         return (
             f"{row} steps in a row were skipped: {'nan' if is_nan else 'inf'} in "

@@ -19,11 +19,12 @@ class Slots:
 
     Raises:
       ConfigError: if the optimizer keeps state outside `update_step`, which a loop
-        that calls `update_step` alone would leave behind.
+        that calls `update_step` alone would leave behind, or is another strategy's.
     """
 
     def __init__(self, inner: keras.optimizers.Optimizer, buckets: Sequence[Any]):
         _check_update_step(inner)
+        _check_scope(inner)
         self._inner = inner
         self._buckets = buckets
         references = [
@@ -143,3 +144,13 @@ def _check_update_step(inner: keras.optimizers.Optimizer) -> None:
                 f"`{overridden[0]}`; only its `update_step` would be called.",
                 "Move the rule into `update_step`, or use another optimizer.",
             )
+
+
+def _check_scope(inner: keras.optimizers.Optimizer) -> None:
+    strategy = tf.distribute.get_strategy()
+    if not strategy.extended.variable_created_in_scope(inner.iterations.value):
+        raise errors.ConfigError(
+            f"`inner` ({inner.name}) was created outside the current strategy "
+            f"({type(strategy).__name__}).",
+            "Create it and LossScaleOptimizer inside the model's `strategy.scope()`.",
+        )
