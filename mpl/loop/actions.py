@@ -42,7 +42,7 @@ class EverySteps(Conditional):
 
     def __init__(self, action: Actions, interval: int, global_step: tf.Variable):
         super().__init__(self._is_due, action)
-        require_positive("interval", interval)
+        require_positive(interval=interval)
         self._interval, self._global_step, self._last = interval, global_step, counter()
 
     def _is_due(self, output: Any) -> bool:
@@ -139,7 +139,7 @@ class EarlyStopping(tf.Module):
         stop: Callable[[], Any] = lambda: None,
     ):
         super().__init__()
-        require_positive("patience", patience)
+        require_positive(patience=patience)
         self.best, self._waited = NewBestMetric(metric, mode), counter()
         self._patience, self._stop = patience, stop
 
@@ -171,7 +171,7 @@ class ExportSavedModel:
         self, export: Callable[[str], Any], directory: str | os.PathLike[str],
         *, global_step: tf.Variable, max_to_keep: int = 5,
     ):
-        require_positive("max_to_keep", max_to_keep)
+        require_positive(max_to_keep=max_to_keep)
         self._export, self._directory = export, os.fspath(directory)
         self._global_step, self._max_to_keep = global_step, max_to_keep
 
@@ -190,8 +190,9 @@ class ExportSavedModel:
             tf.io.gfile.rmtree(os.path.join(self._directory, str(step)))
 
 
-def require_positive(name: str, value: int) -> None:
-    """Raises a ConfigError if a value is not a whole number, 1 or more."""
-    if value < 1 or int(value) != value:
-        cause = f"`{name}` ({value}) must be a whole number, 1 or more."
-        raise ConfigError(cause, "Use 1 or more.")
+def require_positive(**values: int | None) -> None:
+    """Raises a ConfigError if a value is not a whole number, 1 or more, or None."""
+    for name, value in values.items():
+        if value is not None and (value < 1 or int(value) != value):
+            cause = f"`{name}` ({value}) must be a whole number, 1 or more."
+            raise ConfigError(cause, "Use 1 or more.")

@@ -1,6 +1,7 @@
 """The outer loop: what happens between blocks of steps, and when."""
 
 import functools
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,7 @@ class Controller:
             at multiples of summary_interval:         summaries
             at multiples of eval_every_steps:         evaluation, eval actions
             at multiples of checkpoint_every_steps:   a checkpoint
-        and at the end each of these that was not just done
+        and at the end each of these that was not just done, summaries aside
 
     Multiples are of `global_step`, so a resumed run keeps the cadence. Nothing is
     restored by the constructor: call `restore_checkpoint`.
@@ -66,20 +67,20 @@ class Controller:
         strategy: In whose scope checkpoints are restored.
         train_actions: Called with the output of each block.
         eval_actions: Called with the output of each evaluation, as `evaluate` returns
-            it. An action of either kind whose `stopped` is true ends training.
+            it. While an action of either kind says `stopped`, nothing is trained.
         steps_per_loop: No block crosses its multiples: the most steps between two looks
-            at the host; None: 100. A function of the step gives the longest block.
-        log_every_steps: None: after every block.
+            at the host.
+        log_every_steps: None: `steps_per_loop`.
         eval_every_steps: None: `train_and_evaluate` evaluates at the end only.
         checkpoint_manager: A `tf.train.CheckpointManager`, or another object with
             `directory`, `save(step)` and `restore(path or None)`.
         checkpoint_every_steps: None: the manager's `checkpoint_interval` if it has one,
             else at the end only.
-        summary_interval: None: where values are logged. `tf.summary` calls in
-            `train_step` write at its multiples only, and never if it is None.
+        summary_interval: Also for `tf.summary` calls in `train_step`. None:
+            `log_every_steps`.
         summary_dir: Where summaries of training are written, for TensorBoard.
-        eval_summary_dir: Where those of evaluation are; None: `summary_dir`. With
-            evaluators by name, each has a folder there.
+        eval_summary_dir: Where those of evaluation are, a folder for each set; None:
+            in `summary_dir`. One evaluator without a name is of the set "validation".
         reporters: Hear of values and results.
         after_restore: Called when a checkpoint was restored.
         clock: Gives seconds.
@@ -110,9 +111,13 @@ class Controller:
             "eval_every_steps": eval_every_steps, "summary_interval": summary_interval,
             "checkpoint_every_steps": checkpoint_every_steps,
         }
-        for name, value in self._intervals.items():
-            if value is not None:
-                require_positive(name, value)
+        require_positive(**self._intervals)
+        log = log_every_steps or steps_per_loop
+        defaults = {"log_every_steps": log, "summary_interval": summary_interval or log}
+        self._intervals |= defaults
+        if summary_dir and importlib.util.find_spec("tensorboard") is None:
+            logging.warning("No summaries: they need `pip install tensorboard`.")
+            summary_dir = eval_summary_dir = None
         self.global_step, self.strategy = global_step, strategy
         self.trainer: Any = trainer
         self.evaluator: Any = evaluator
@@ -164,8 +169,6 @@ class Controller:
             evaluators by name a dict of them by that name.
         """
         self._need("evaluator")
-        if steps != -1:
-            require_positive("steps", steps)
         step, results = int(self.global_step.numpy()), {}
         is_named = isinstance(self.evaluator, Mapping)
         named = self.evaluator if is_named else {"validation": self.evaluator}
@@ -175,13 +178,14 @@ class Controller:
             with self._summaries.to(directory):
                 output = evaluator.evaluate(tf.constant(steps, tf.int64))
             results[split] = _on_host(output)
-            secs = max(self._clock() - start, 1e-9)
-            values = {**results[split], "steps_per_sec": evaluator.steps_done / secs}
+            speed = evaluator.steps_done / max(self._clock() - start, 1e-9)
+            values = {**results[split], "steps_per_sec": speed}
+            self._summaries.write(directory, values)
             for reporter in self.reporters:
                 reporter.evaluation(step, split, values)
-            self._summaries.write(directory, values)
         output = results if is_named else results["validation"]
-        self._act(self.eval_actions, output)
+        for action in self.eval_actions:
+            action(output)
         return output
 
     def evaluate_continuously(
@@ -201,12 +205,9 @@ class Controller:
         Raises:
             CheckpointError: No checkpoint appeared.
         """
-        self._need("evaluator")
         self._need("checkpoint_manager")
         directory, output = self.checkpoint_manager.directory, None
-        for path in tf.train.checkpoints_iterator(
-            directory, timeout=timeout, timeout_fn=timeout_fn
-        ):
+        for path in tf.train.checkpoints_iterator(directory, 0, timeout, timeout_fn):
             self.restore_checkpoint(path)
             output = self.evaluate(steps)
         if output is None:
@@ -227,11 +228,13 @@ class Controller:
             CheckpointError: The checkpoint does not hold these objects.
         """
         self._need("checkpoint_manager")
+        manager = self.checkpoint_manager
         with (self.strategy or tf.distribute.get_strategy()).scope():
-            if isinstance(self.checkpoint_manager, tf.train.CheckpointManager):
-                path = _restore(self.checkpoint_manager, path)
-            else:
-                path = self.checkpoint_manager.restore(path)
+            if not isinstance(manager, tf.train.CheckpointManager):
+                path = manager.restore(path)
+            elif path := path or manager.latest_checkpoint:
+                status = manager.checkpoint.restore(path)
+                status.assert_existing_objects_matched()
         if path is not None:
             logging.info("Restored %s.", path)
             if self.trainer is not None:
@@ -244,14 +247,11 @@ class Controller:
         """Saves a checkpoint, whatever the intervals; returns its path."""
         self._need("checkpoint_manager")
         manager, step = self.checkpoint_manager, int(self.global_step.numpy())
-        if isinstance(manager, tf.train.CheckpointManager):
-            path = manager.save(step, check_interval=False)
-            path = path or manager.latest_checkpoint  # saved before
-        else:
-            path = manager.save(step)
+        is_tf = isinstance(manager, tf.train.CheckpointManager)
+        path = manager.save(step, **({"check_interval": False} if is_tf else {}))
         self._saved_at = step
         logging.info("Saved %s.", path)
-        return path
+        return path or manager.latest_checkpoint  # TensorFlow's, saved before
 
     def _run(
         self, steps: int, save: bool, evaluate: Callable[[], dict[str, Any]] = dict,
@@ -260,14 +260,14 @@ class Controller:
         """Runs blocks of steps and after each what is due; returns the last results."""
         self._need("trainer")
         step = first = int(self.global_step.numpy())
-        output: dict[str, Any] = {}
-        results: dict[str, Any] = {}
-        evaluated_at, ended = None, False
+        output, results = dict[str, Any](), dict[str, Any]()
+        evaluated_at, ended, self.stop_training = None, False, False
         self._steps, self._secs = 0, 0.0  # in blocks since the last log
-        self.stop_training = _stopped(self.train_actions + self.eval_actions)
         intervals = {**self._intervals, "eval_every_steps": eval_interval}
 
         def goes_on() -> bool:
+            for action in self.train_actions + self.eval_actions:
+                self.stop_training |= getattr(action, "stopped", False)
             stops = ended or self.stop_training or self._interrupt.requested
             return not stops and (steps < 0 or step < steps)
 
@@ -282,31 +282,29 @@ class Controller:
                         if step == first:
                             raise
                         break
-                    step, ended = step + self.trainer.steps_done, self.trainer.data_ended
-                    self._act(self.train_actions, output)
+                    step += self.trainer.steps_done
+                    ended = self.trainer.data_ended
+                    for action in self.train_actions:
+                        action(output)
                     due = _due(step, intervals)
-                    if not goes_on():
-                        due.add("log_every_steps")
-                    self._report(step, output, due)
+                    self._report(step, output, due if goes_on() else due | _LOG)
                     if "eval_every_steps" in due and not self._interrupt.requested:
                         results, evaluated_at = evaluate(), step
                     if "checkpoint_every_steps" in due:
                         self._save_once(step)
-                self._report(step, output, {"log_every_steps"})
-                is_cut = self._interrupt.requested or (
-                    step < steps and not self.stop_training
-                )
-                if evaluated_at != step and not is_cut:
+                self._report(step, output, _LOG)
+                complete = step >= steps or self.stop_training
+                cut = self._interrupt.requested or not complete
+                if evaluated_at != step and not cut:
                     results = evaluate()
-                if save or is_cut:
+                if save or cut:
                     self._save_once(step)
         finally:
             for reporter in self.reporters:
                 reporter.finish(step)
-            self._summaries.flush()
         if self._interrupt.requested:
             raise KeyboardInterrupt(f"Interrupted after step {step}.")
-        if is_cut:
+        if cut:
             cause = f"The training data ended after step {step} of {steps}."
             raise EndOfDataError(cause, "Repeat them, or train for -1 steps.")
         return results
@@ -320,50 +318,33 @@ class Controller:
         start = self._clock()
         with self._summaries.to(self._summary_dir, intervals["summary_interval"]):
             output = self.trainer.train(tf.constant(length, tf.int64))
-        done = self.trainer.steps_done
-        is_due = _due(step + done, intervals) - {"steps_per_loop"}
-        if is_due or step + done == steps or done < length:
-            self._check(step + done)  # waits for the devices: the time is training's
-        if not (done or self.stop_training):
-            cause = f"`trainer.train` made no step at step {step}."
-            raise ConfigError(cause, "It must make one at least, or raise an error.")
-        self._steps, self._secs = self._steps + done, self._secs + self._clock() - start
-        return output or {}
-
-    def _check(self, step: int) -> None:
-        """Compares `global_step` with the steps run, and heeds `should_stop`."""
-        actual = int(self.global_step.numpy())
-        if actual != step:
-            cause = f"`global_step` ({actual}) must be {step}, the number of steps run."
-            remedy = "Add 1 to it in each `train_step`, and nowhere else."
-            raise ConfigError(cause, remedy)
-        stop = self.trainer.should_stop()
-        if stop is not None and bool(stop):
-            if (error := self.trainer.nonfinite_error()) is not None:
+        # Waits for the devices: the time is training's.
+        now, done = int(self.global_step.numpy()), self.trainer.steps_done
+        self._steps += done
+        self._secs += self._clock() - start
+        if self.trainer.should_stop():
+            if error := self.trainer.nonfinite_error():
                 raise error
             self.stop_training = True
+        elif now != step + done or not done:
+            cause = f"`global_step` went from {step} to {now} in {done} steps."
+            remedy = "Add 1 to it in each `train_step`, and make at least one step."
+            raise ConfigError(cause, remedy)
+        return output or {}
 
     def _report(self, step: int, output: dict[str, Any], due: set[str]) -> None:
         """Logs and summarises the steps since the last log."""
-        logs = "log_every_steps" in due
-        where_logged = self._intervals["summary_interval"] is None
-        summarises = logs if where_logged else "summary_interval" in due
-        if not self._steps or not (logs or summarises):
+        if not self._steps or not due & {"log_every_steps", "summary_interval"}:
             return
         values = _on_host({**output, **self.trainer.report()})
         speed = self._steps / max(self._secs, 1e-9)
-        if summarises:
+        if "summary_interval" in due:
             self._summaries.write(self._summary_dir, {**values, "steps_per_sec": speed})
-        if logs:
+        if "log_every_steps" in due:
             for reporter in self.reporters:
                 reporter.train(step, values, speed)
             self.trainer.reset_metrics()
             self._steps, self._secs = 0, 0.0
-
-    def _act(self, actions: Sequence[Action], output: Any) -> None:
-        for action in actions:
-            action(output)
-        self.stop_training |= _stopped(actions)
 
     def _save_once(self, step: int) -> None:
         if self.checkpoint_manager is not None and self._saved_at != step:
@@ -375,28 +356,12 @@ class Controller:
             raise ConfigError(cause, f"Give `{argument}` to the Controller.")
 
 
+_LOG = {"log_every_steps"}
+
+
 def _due(step: int, intervals: Mapping[str, int | None]) -> set[str]:
     """Returns the names of the intervals of which `step` is a multiple."""
-    due = {name for name, n in intervals.items() if n and step % n == 0}
-    return due | ({"log_every_steps"} if intervals["log_every_steps"] is None else set())
-
-
-def _stopped(actions: Sequence[Action]) -> bool:
-    return any(getattr(action, "stopped", False) for action in actions)
-
-
-def _restore(manager: tf.train.CheckpointManager, path: str | None) -> str | None:
-    """Restores by TensorFlow's manager, and looks whether everything was found."""
-    path = path or manager.latest_checkpoint
-    if path is None:
-        return manager.restore_or_initialize()  # calls its init_fn
-    try:
-        manager.checkpoint.restore(path).assert_existing_objects_matched()
-    except AssertionError as error:
-        cause = f"`{path}` does not hold all that is to be restored: {error}"
-        remedy = "Restore it with the settings that it was written with."
-        raise CheckpointError(cause, remedy) from error
-    return path
+    return {name for name, n in intervals.items() if n and step % n == 0}
 
 
 def _on_host(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:

@@ -53,10 +53,9 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
         super().__init__(name=name)
         options = options or EvaluatorOptions()
         self._begins_anew = options.recreate_iterator_for_each_eval
-        self._reduces = type(self).eval_reduce is not Evaluator.eval_reduce
-        if self._reduces:
-            options = dataclasses.replace(options, use_tf_while_loop=False)
-        self._loop = InnerLoop(self.eval_step, options, eval_dataset)
+        reduces = type(self).eval_reduce is not Evaluator.eval_reduce
+        reduce = self.eval_reduce if reduces else None
+        self._loop = InnerLoop(self.eval_step, options, eval_dataset, reduce=reduce)
 
     @abc.abstractmethod
     def eval_step(self, iterator: Any) -> Any:
@@ -90,25 +89,19 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
         Raises:
             EndOfDataError: There was not one batch.
         """
-        loop, state = self._loop, self.eval_begin()
-
-        def collect(outputs: Any) -> None:
-            nonlocal state
-            state = self.eval_reduce(state, outputs)
-
+        loop, loop.state = self._loop, self.eval_begin()
         if self._begins_anew or loop.data_ended:
             loop.iterators = None
-        collector = collect if self._reduces else None
-        loop.run(num_steps, self.make_eval_dataset, collect=collector)
+        loop.run(num_steps, self.make_eval_dataset)
         if loop.data_ended and num_steps >= 0:
-            done, asked = loop.steps_done, int(num_steps)
-            logging.warning("The data ended after %d of %d steps.", done, asked)
-        return self.eval_end() if state is None else self.eval_end(state)
+            counts = self.steps_done, int(num_steps)
+            logging.warning("The data ended after %d of %d steps.", *counts)
+        return self.eval_end() if loop.state is None else self.eval_end(loop.state)
 
     @property
     def steps_done(self) -> int:
         """How many steps the last `evaluate` made."""
-        return self._loop.steps_done
+        return int(self._loop.done)
 
     @property
     def eval_dataset(self) -> Any:

@@ -70,44 +70,41 @@ class InnerLoop:
     Args:
         step: Called with a `StepIterator` for each dataset, nested as they are.
         options: `TrainerOptions`, or others with the same attributes.
-        dataset: Kept for the owner, as `iterators` are: in this plain object, as
+        dataset: Kept for the owner, as `iterators` are: in this plain object, since
             tf.train.Checkpoint would save those of a tf.Module.
         should_stop: Returns a boolean tensor before each step, or None.
+        reduce: Called with `state` and what each step returns, gives the next state;
+            the loop is then Python's.
 
     Attributes:
         iterators: Where the next `run` goes on; None: it makes new ones.
-        steps_done: How many steps the last `run` finished.
+        done: How many steps the last `run` finished.
         data_ended: Whether the last `run` ended because the data did.
+        state: Of `reduce`.
     """
 
     def __init__(
-        self,
-        step: Callable[[Any], Any],
-        options: Any,
-        dataset: Any,
+        self, step: Callable[[Any], Any], options: Any, dataset: Any,
         should_stop: Callable[[], Any] = lambda: None,
+        reduce: Callable[[Any, Any], Any] | None = None,
     ):
         if options.use_tf_while_loop and not options.use_tf_function:
             cause = "`use_tf_while_loop` (True) needs `use_tf_function` (False)."
             raise ConfigError(cause, "Set both to False to run eagerly.")
-        self._step, self._should_stop, self.dataset = step, should_stop, dataset
-        self._block: Any = self._run
-        self._one_step: Any = self._run_step
-        self._traced: Any = None  # of the two
-        if options.use_tf_while_loop:
-            self._block = self._traced = tf.function(self._run)
-        elif options.use_tf_function:
-            self._one_step = self._traced = tf.function(self._run_step)
+        self._step, self._should_stop, self._reduce = step, should_stop, reduce
+        in_graph = options.use_tf_while_loop and reduce is None
+        self._traced = tf.function(self._run if in_graph else self._run_step)
+        self._block: Any = self._traced if in_graph else self._run
+        steps_apart = options.use_tf_function and not in_graph
+        self._one_step: Any = self._traced if steps_apart else self._run_step
         self._traces, self._data = 0, ""  # of the last run
-        self._done, self.steps_done, self.data_ended = counter(), 0, False
+        self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
+        self.state: Any = None
 
     def run(
-        self,
-        num_steps: tf.Tensor | int,
-        make_dataset: Callable[[], Any],
+        self, num_steps: tf.Tensor | int, make_dataset: Callable[[], Any],
         positions: Any = None,
-        collect: Callable[[Any], Any] | None = None,
     ) -> None:
         """Runs `num_steps` steps; -1: all that the data give.
 
@@ -116,7 +113,6 @@ class InnerLoop:
             make_dataset: Returns a dataset or a nest of them, where there is no
                 iterator to go on with.
             positions: A like nest of int64 variables that count batches, or None.
-            collect: Called with what each step returns, where the loop is Python's.
 
         Raises:
             EndOfDataError: There was not one batch.
@@ -128,25 +124,26 @@ class InnerLoop:
         tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
         self._positions, self.data_ended = positions, False
         try:
-            self._block(self.iterators, tf.cast(num_steps, tf.int64), collect)
+            self._block(self.iterators, tf.cast(num_steps, tf.int64))
         except (StopIteration, tf.errors.OutOfRangeError):
             self.data_ended = True
-        self.steps_done = int(self._done.numpy())
         self._warn_of_retrace()
-        if self.data_ended and self.steps_done == 0:
+        if self.data_ended and int(self.done) == 0:
             cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
-            raise EndOfDataError(cause, "Give data, and repeat them to train for longer.")
+            raise EndOfDataError(cause, "Give data, repeated to train for longer.")
 
-    def _run(self, iterators: Any, num_steps: tf.Tensor, collect: Any) -> None:
+    def _run(self, iterators: Any, num_steps: tf.Tensor) -> None:
         done = tf.constant(0, tf.int64)
         while self._goes_on(done, num_steps):  # traced, this is a tf.while
             # Before the step: known when the data end in it.
-            with tf.control_dependencies([self._done.assign(done)]):
-                output = self._one_step(iterators)
-            if collect:
-                collect(output)
+            with tf.control_dependencies([self.done.assign(done)]):
+                self._keep(self._one_step(iterators))
             done += 1
-        self._done.assign(done)
+        self.done.assign(done)
+
+    def _keep(self, output: Any) -> None:
+        if self._reduce:
+            self.state = self._reduce(self.state, output)
 
     def _goes_on(self, done: tf.Tensor, num_steps: tf.Tensor) -> tf.Tensor:
         goes_on, stop = (num_steps < 0) | (done < num_steps), self._should_stop()
@@ -165,9 +162,8 @@ class InnerLoop:
         return (tf.function(step) if around else step)(iterators)
 
     def _warn_of_retrace(self) -> None:
-        count = self._traced.experimental_get_tracing_count() if self._traced else 0
-        flat = tf.nest.flatten(self.iterators)
-        data = str([(type(i).__name__, getattr(i, "element_spec", "")) for i in flat])
+        count = self._traced.experimental_get_tracing_count()
+        data = str(tf.nest.map_structure(tf.type_spec_from_value, self.iterators))
         if 0 < self._traces < count:
             text = "The step was traced again (%d): its data were %s and are now %s."
             logging.warning(text, count, self._data, data)

@@ -121,7 +121,7 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     @property
     def steps_done(self) -> int:
         """How many steps the last `train` finished."""
-        return self._loop.steps_done
+        return int(self._loop.done)
 
     @property
     def data_ended(self) -> bool:

@@ -19,7 +19,7 @@ class Prepared:
       gradients: true float32 gradients, clipped, one a bucket.
       state: new non-trainable state, averaged over replicas; None where unwritten.
       snapshot: values to put back on a skip.
-      checks: float32 `[n]`, each finite exactly if what it looks at is.
+      checks: floats `[n]`, each finite exactly if what it looks at is.
       norm: global norm before clipping.
       active: whether any example had weight.
     """
@@ -106,7 +106,9 @@ def _prepare(
         for gradient, bucket in zip(gradients, optimizer.buckets)
     ]
     sums, state = _reduce_scalars(context, optimizer, forward)
-    factor = 1.0 / forward.scale
+    wide = tf.float64 in [bucket.variable.dtype for bucket in optimizer.buckets]
+    dtype = tf.float64 if wide else tf.float32
+    factor = 1.0 / tf.cast(forward.scale, dtype)
     active = tf.constant(True)
     checks = []
     if forward.weight_sum is not None:
@@ -114,8 +116,8 @@ def _prepare(
         forward.loss = tf.math.divide_no_nan(loss_sum, weight_sum)
         active = weight_sum != 0
         nominal = tf.cast(optimizer.nominal_weight, weight_sum.dtype)
-        factor *= tf.cast(tf.math.divide_no_nan(nominal, weight_sum), factor.dtype)
-        checks = [tf.cast(sums, tf.float32)]
+        factor *= tf.cast(tf.math.divide_no_nan(nominal, weight_sum), dtype)
+        checks = [tf.cast(sums, dtype)]
     unscaled = []
     squares = []
     for gradient, bucket in zip(summed, optimizer.buckets):
@@ -125,19 +127,19 @@ def _prepare(
         if optimizer.weights is not None:
             gradient = _add_regularizers(bucket, gradient)
         unscaled.append(gradient)
-        squares.append(tf.cast(_squares(bucket, gradient), tf.float32))
+        squares.append(tf.cast(_squares(bucket, gradient), dtype))
     squares = tf.concat(squares, 0)
     norm = tf.sqrt(tf.reduce_sum(squares))
     if optimizer.clip_norm is not None:
-        limit = tf.constant(optimizer.clip_norm, tf.float32)
+        limit = tf.constant(optimizer.clip_norm, dtype)
         shrink = limit / tf.maximum(limit, norm)
         unscaled = [
             _map_values(lambda g: g * tf.cast(shrink, g.dtype), gradient)
             for gradient in unscaled
         ]
     checks += [
-        tf.zeros([1]) if value is None or not value.dtype.is_floating
-        else tf.cast(tf.reduce_sum(tf.square(value)), tf.float32)[tf.newaxis]
+        tf.zeros([1], dtype) if value is None or not value.dtype.is_floating
+        else tf.cast(tf.reduce_sum(tf.abs(value)), dtype)[tf.newaxis]
         for value in state
     ]
     return Prepared(
@@ -285,7 +287,11 @@ def accumulate(
                  zip(dense, [b for b in weights.buckets if not b.sparse])]
         kept = tf.nest.flatten((rows, output))
         kept = [leaf for leaf in kept if tf.is_tensor(leaf)]
-        return sums, forward.state, forward.scale, kept
+        # Statistics of padding count nothing, here as on a replica of its own.
+        some = forward.weight_sum != 0
+        state = [tf.where(some, new, old) if new.dtype.is_floating else new
+                 for new, old in zip(forward.state, state)]
+        return sums, state, forward.scale, kept
 
     state = weights.initial_state()
     snapshot = weights.snapshot()

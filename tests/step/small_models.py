@@ -47,7 +47,8 @@ class Step:
 
     def __init__(self, strategy, policy="float32", *, make_model=image_model,
                  inner=None, loss_scale="auto", clip_norm=None, ema_decay=None,
-                 nominal_weight=8.0, accumulate=1, seed=0, **weights_kwargs):
+                 nominal_weight=8.0, reduce_dtype=tf.float32, accumulate=1, seed=0,
+                 **weights_kwargs):
         keras.utils.set_random_seed(seed)
         self.strategy = strategy
         self.accumulate = accumulate
@@ -60,7 +61,7 @@ class Step:
             self.optimizer = loss_scale_optimizer.LossScaleOptimizer(
                 inner() if inner else keras.optimizers.SGD(0.1, momentum=0.9),
                 loss_scale, self.weights, clip_norm=clip_norm, ema_decay=ema_decay,
-                nominal_weight=nominal_weight)
+                nominal_weight=nominal_weight, reduce_dtype=reduce_dtype)
         self.traces = 0
         self._run = tf.function(self._step)
 
@@ -103,10 +104,11 @@ class Step:
         """Splits a global batch over the replicas, in order."""
         replicas = self.strategy.num_replicas_in_sync
         bad = np.zeros(replicas, np.float32) if bad is None else np.asarray(bad)
-        parts = [{key: np.array_split(value, replicas)[r] for key, value in batch.items()}
-                 for r in range(replicas)]
+        parts = [
+            {key: np.array_split(value, replicas)[r] for key, value in batch.items()}
+            for r in range(replicas)]
         if replicas == 1:
-            return tf.nest.map_structure(tf.constant, (parts[0], bad.astype("float32")[0]))
+            return tf.nest.map_structure(tf.constant, (parts[0], np.float32(bad[0])))
         distribute = self.strategy.experimental_distribute_values_from_function
         return (
             distribute(lambda context: tf.nest.map_structure(

@@ -47,11 +47,12 @@ def _restore(step, path):
 
 def _by_name(step):
     """All that training goes on from, by name."""
+    optimizer = step.optimizer
     values = {f"weights/{key}": value for key, value in step.masters().items()}
-    values |= {key: value.numpy() for key, value in step.optimizer.export_slots().items()}
-    values |= {f"state/{entry.key}": entry.value.numpy() for entry in step.weights.state}
-    values |= {f"scale/{v.name}": v.numpy() for v in step.optimizer.loss_scale.variables}
-    values["skips"] = step.optimizer.skipped_steps.numpy()
+    values |= {key: value.numpy() for key, value in optimizer.export_slots().items()}
+    values |= {f"state/{one.key}": one.value.numpy() for one in step.weights.state}
+    values |= {f"scale/{v.name}": v.numpy() for v in optimizer.loss_scale.variables}
+    values["skips"] = optimizer.skipped_steps.numpy()
     return values
 
 
@@ -80,7 +81,8 @@ def test_a_restored_run_goes_on_bit_for_bit(strategy_of, tmp_path, name):
 
 
 @pytest.mark.parametrize("first, second", [
-    ({"pack_below": 10**6}, {"pack_below": 0}), ({"pack_below": 0}, {"pack_below": 300}),
+    ({"pack_below": 10**6}, {"pack_below": 0}),
+    ({"pack_below": 0}, {"pack_below": 300}),
     ({"pack_below": 300, "no_decay": ["bias"]}, {"pack_below": 10**6})])
 def test_under_another_packing(strategy_of, tmp_path, first, second):
     step = _step(strategy_of(0), **first)

@@ -56,7 +56,8 @@ def _sequential():
 
 def _text():
     return keras.Sequential([
-        keras.Input((FEATURES,)), layers.Lambda(lambda x: tf.cast(tf.abs(x) * 3, "int32")),
+        keras.Input((FEATURES,)),
+        layers.Lambda(lambda x: tf.cast(tf.abs(x) * 3, "int32")),
         layers.Embedding(20, 4), layers.LSTM(5, dropout=0.2, seed=5),
         layers.Dense(3, bias_regularizer=keras.regularizers.L1(0.1))])
 
@@ -67,7 +68,10 @@ class _Plain(tf.Module):
     def __init__(self):
         super().__init__()
         rng = np.random.default_rng(0)
-        make = lambda *shape: tf.Variable(rng.normal(size=shape).astype(np.float32))
+
+        def make(*shape):
+            return tf.Variable(rng.normal(size=shape).astype(np.float32))
+
         self.first = make(FEATURES, 4)
         self.hidden = [make(4, 4), {"w": make(4, 4), "b": make(4)}]
         self.head = {"kernel": make(4, 3), "bias": (make(3),)}

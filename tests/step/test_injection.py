@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from mpl.precision import loss_scale as loss_scale_lib
+from mpl.step import loss_scale_optimizer
 import small_models as models
 
 INF = np.inf
@@ -91,8 +92,6 @@ def _plain(strategy, make_optimizer):
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_apply_gradients_skips_on_every_replica(strategy_of, bad):
-    from mpl.step import loss_scale_optimizer
-
     strategy = strategy_of(2)
     variable, optimizer, run = _plain(
         strategy, lambda: loss_scale_optimizer.LossScaleOptimizer(
@@ -103,9 +102,10 @@ def test_apply_gradients_skips_on_every_replica(strategy_of, bad):
     assert (trained < 1).all()
     watched = [variable.value, *optimizer.averages,
                *(v.value for v in optimizer.inner.variables)]
-    before = [c.numpy() for v in watched for c in strategy.experimental_local_results(v)]
+    local = strategy.experimental_local_results
+    before = [copy.numpy() for variable in watched for copy in local(variable)]
     run(bad)
-    after = [c.numpy() for v in watched for c in strategy.experimental_local_results(v)]
+    after = [copy.numpy() for variable in watched for copy in local(variable)]
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
     assert float(optimizer.loss_scale.value) == 4.0
@@ -121,3 +121,29 @@ def test_keras_writes_minus_inf_when_replica_1_overflows(strategy_of):
             keras.optimizers.SGD(0.1), initial_scale=8.0))
     run(1)
     assert np.isneginf(variable.numpy()).all()
+
+
+@pytest.mark.parametrize("bad, word", [(np.nan, "nan"), (INF, "inf"), (-INF, "inf")])
+def test_the_report_names_the_bad_variable(bad, word):
+    first, second = tf.Variable([1.0], name="first"), tf.Variable([1.0], name="second")
+    optimizer = loss_scale_optimizer.LossScaleOptimizer(keras.optimizers.SGD(), 4.0)
+    for gradient in (1.0, bad, bad):
+        optimizer.apply_gradients(
+            [(tf.constant([1.0]), first), (tf.constant([gradient]), second)])
+    assert optimizer.nonfinite_report() == (
+        f"2 steps in a row were skipped: {word} in 'second' at loss scale 4")
+
+
+def test_state_that_overflows_skips_the_step(strategy_of):
+    """Batch statistics may be infinite where every gradient is finite."""
+    step = models.Step(strategy_of(0), make_model=lambda: keras.Sequential([
+        keras.Input((6, 6, 1)), keras.layers.BatchNormalization(),
+        keras.layers.Flatten(), keras.layers.Dense(models.CLASSES)]))
+    batch = models.image_batch()
+    before = step.everything()
+    batch["image"] *= np.float32(1e30)
+    step(batch)
+    for old, new in zip(before, step.everything(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert int(step.optimizer.skipped_steps) == 1
+    assert "moving_variance" in step.optimizer.nonfinite_report()

@@ -77,7 +77,8 @@ def _reads(model, layer, names, weights, inputs):
     seen, call = {}, layer.call
 
     def looking(*args, **kwargs):
-        seen.update((name, tf.convert_to_tensor(getattr(layer, name))) for name in names)
+        for name in names:
+            seen[name] = tf.convert_to_tensor(getattr(layer, name))
         return call(*args, **kwargs)
 
     layer.call = looking
@@ -177,7 +178,7 @@ def test_a_thousand_repeated_ids_are_summed_in_float32(policy, table):
 
 @pytest.mark.parametrize("pack_below", [1, 10**6], ids=["large", "packed"])
 def test_islands_share_no_bucket_with_compute_copies(pack_below):
-    model, layer, policy = _built(lambda: [layers.LayerNormalization()], "mixed_bfloat16")
+    model, _, policy = _built(lambda: [layers.LayerNormalization()], "mixed_bfloat16")
     weights = master_weights.MasterWeights(model, policy, pack_below=pack_below)
     weights.build()
     for bucket in weights.buckets:

@@ -302,6 +302,12 @@ def test_what_is_no_inner_optimizer_is_refused():
     _refused(built, "was built before")
 
 
+def test_an_inner_optimizer_of_another_strategy_is_refused(strategy_of):
+    inner = optimizers.SGD()
+    with pytest.raises(errors.ConfigError, match="(?s)outside the current.*scope"):
+        models.Step(strategy_of(2), inner=lambda: inner)
+
+
 @pytest.mark.parametrize("arguments, match", [
     ({"clip_norm": 0.0}, "`clip_norm` .0.0. must be positive"),
     ({"clip_norm": np.inf}, "`clip_norm` .inf. must be positive"),

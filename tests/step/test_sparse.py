@@ -48,7 +48,8 @@ def test_duplicates_are_summed():
 
 
 @pytest.mark.parametrize("inner", [
-    lambda: optimizers.SGD(0.5), lambda: optimizers.Adagrad(0.5)], ids=["sgd", "adagrad"])
+    lambda: optimizers.SGD(0.5), lambda: optimizers.Adagrad(0.5)],
+    ids=["sgd", "adagrad"])
 def test_with_every_row_touched_sparse_equals_dense(strategy_of, inner):
     batch = _text_batch(size=64)
     assert set(batch["image"].flat) == set(range(ROWS))
@@ -86,7 +87,8 @@ def test_lazy_adam_equals_a_numpy_oracle():
     start = rng.normal(size=(6, 3)).astype(np.float32)
     table = tf.Variable(start)
     optimizer = loss_scale_optimizer.LossScaleOptimizer(optimizers.Adam(rate), 4.0)
-    expected, first, second = start.astype(np.float64), np.zeros((6, 3)), np.zeros((6, 3))
+    expected = start.astype(np.float64)
+    first, second = np.zeros((6, 3)), np.zeros((6, 3))
     for step in range(1, 6):
         ids = rng.integers(0, 6, 4)
         values = rng.normal(size=(4, 3)).astype(np.float32)
@@ -180,7 +182,7 @@ def test_size_decides_which_table_is_sparse(strategy_of):
     (lambda: optimizers.Adam(amsgrad=True), {}, "amsgrad would have to move"),
     (lambda: optimizers.AdamW(), {}, "weight decay would have to move"),
     (lambda: optimizers.SGD(), {"embeddings_regularizer": "l2"}, "a regularizer would"),
-    (lambda: optimizers.SGD(), {"embeddings_constraint": "non_neg"}, "a constraint would"),
+    (lambda: optimizers.SGD(), {"embeddings_constraint": "non_neg"}, "a constraint"),
 ])
 def test_rules_that_move_every_row_are_refused(strategy_of, inner, embedding, why):
     with pytest.raises(errors.ConfigError, match=f"(?s)table/embeddings.*{why}"):

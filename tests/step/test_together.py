@@ -46,15 +46,16 @@ class Pair:
             scaled = optimizer.scale_loss(
                 state.LossOutput(output[:, 0], tf.fill([2], weight)), forward)
         gradients = weights.gradients(tape, scaled, forward)
-        return [gradient + tf.cast(bad, gradient.dtype) for gradient in gradients], forward
+        return [g + tf.cast(bad, g.dtype) for g in gradients], forward
 
     def _step(self, together, order, weights, bad):
         self.traces += 1
 
         def replica_step():
             parts = [
-                (self.optimizers[which], *self.gradients(which, weight, one))
-                for which, weight, one in zip(order, tf.unstack(weights), tf.unstack(bad))]
+                (self.optimizers[which], *self.gradients(
+                    which, weights[number], bad[number]))
+                for number, which in enumerate(order)]
             if together:
                 gradients_lib.apply_together(parts)
             else:
@@ -147,8 +148,9 @@ def test_a_scale_takes_no_more_optimizers_once_it_runs():
 
 def test_gradients_are_applied_in_replica_context(strategy_of):
     pair = Pair(strategy_of(2))
-    with pair.strategy.scope(), pytest.raises(errors.ConfigError, match="cross-replica"):
-        gradients_lib.apply_together([])
+    with pair.strategy.scope():
+        with pytest.raises(errors.ConfigError, match="cross-replica"):
+            gradients_lib.apply_together([])
 
 
 class Assigning(tf.Module):
