@@ -4,8 +4,6 @@ An action is called with the output of the block or the evaluation. What an acti
 remember is in variables: put it into the checkpoint, and a resumed run goes on alike.
 """
 
-import functools
-import operator
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +27,7 @@ class Conditional(tf.Module):
 
     def __call__(self, output: Any) -> None:
         if self.condition(output):
-            several = isinstance(self.action, Sequence)
-            for action in self.action if several else [self.action]:
+            for action in tf.nest.flatten(self.action):
                 action(output)
 
 
@@ -85,9 +82,8 @@ class NewBestMetric(tf.Module):
         if mode not in ("max", "min"):
             raise ConfigError(f"`mode` ({mode}) must be max or min.", "Use either.")
         self._metric, self._sign = metric, 1.0 if mode == "max" else -1.0
-        with tf.device("CPU"):
-            worst = tf.constant(-self._sign * float("inf"), tf.float64)
-            self._best = tf.Variable(worst, trainable=False)
+        worst = -self._sign * float("inf")
+        self._best = tf.Variable(worst, trainable=False, dtype=tf.float64)
 
     @property
     def best_value(self) -> float:
@@ -101,7 +97,9 @@ class NewBestMetric(tf.Module):
         is_whole = self._metric in output  # "a/b" itself, not "b" in "a"
         names = [self._metric] if is_whole else self._metric.split("/")
         try:
-            return float(functools.reduce(operator.getitem, names, output))
+            for name in names:
+                output = output[name]
+            return float(output)
         except (KeyError, TypeError):
             cause = f"`metric` ({self._metric}) is not in the output: {output!r}."
             remedy = "Name one that is, as `metric` or `set/metric`."

@@ -1,8 +1,6 @@
 """The outer loop: what happens between blocks of steps, and when."""
 
 import functools
-import importlib.util
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -103,29 +101,23 @@ class Controller:
         after_restore: Callable[[], Any] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        if checkpoint_every_steps is None:  # a manager of TensorFlow's may have one
-            interval = getattr(checkpoint_manager, "checkpoint_interval", None)
-            checkpoint_every_steps = interval
-        self._intervals = {
-            "steps_per_loop": steps_per_loop, "log_every_steps": log_every_steps,
-            "eval_every_steps": eval_every_steps, "summary_interval": summary_interval,
-            "checkpoint_every_steps": checkpoint_every_steps,
-        }
-        require_positive(**self._intervals)
-        log = log_every_steps or steps_per_loop
-        defaults = {"log_every_steps": log, "summary_interval": summary_interval or log}
-        self._intervals |= defaults
-        if summary_dir and importlib.util.find_spec("tensorboard") is None:
-            logging.warning("No summaries: they need `pip install tensorboard`.")
-            summary_dir = eval_summary_dir = None
+        require_positive(
+            steps_per_loop=steps_per_loop, log_every_steps=log_every_steps,
+            eval_every_steps=eval_every_steps, summary_interval=summary_interval,
+            checkpoint_every_steps=checkpoint_every_steps,
+        )
+        interval = getattr(checkpoint_manager, "checkpoint_interval", None)
+        self._save_every = checkpoint_every_steps or interval
+        self._log_every = log_every_steps or steps_per_loop
+        self._summary_every = summary_interval or self._log_every
+        self._eval_every = eval_every_steps
+        self._every = steps_per_loop, self._log_every, self._summary_every, self._save_every
         self.global_step, self.strategy = global_step, strategy
         self.trainer: Any = trainer
         self.evaluator: Any = evaluator
-        self.train_actions = tuple(train_actions or ())
-        self.eval_actions = tuple(eval_actions or ())
+        self.train_actions, self.eval_actions = train_actions or (), eval_actions or ()
         self.checkpoint_manager, self.reporters = checkpoint_manager, tuple(reporters)
-        self._summaries, self._summary_dir = Summaries(global_step), summary_dir
-        self._eval_summary_dir = eval_summary_dir or summary_dir
+        self._summaries = Summaries(global_step, summary_dir, eval_summary_dir)
         self._after_restore, self._clock = after_restore, clock
         self.stop_training, self._interrupt = False, Interrupt()
         self._saved_at: int | None = None
@@ -154,9 +146,8 @@ class Controller:
             The last results, as `evaluate` does.
         """
         self._need("evaluator")
-        interval = eval_interval or self._intervals["eval_every_steps"]
         evaluate = functools.partial(self.evaluate, eval_steps)
-        return self._run(train_steps, True, evaluate, interval)
+        return self._run(train_steps, True, evaluate, eval_interval or self._eval_every)
 
     def evaluate(self, steps: int = -1) -> dict[str, Any]:
         """Evaluates the model as it is.
@@ -168,22 +159,20 @@ class Controller:
             Results by name, numbers and NumPy arrays ("a/b" for nested ones); with
             evaluators by name a dict of them by that name.
         """
-        self._need("evaluator")
-        step, results = int(self.global_step.numpy()), {}
-        is_named = isinstance(self.evaluator, Mapping)
-        named = self.evaluator if is_named else {"validation": self.evaluator}
-        for split, evaluator in named.items():
-            parent, start = self._eval_summary_dir, self._clock()
-            directory = parent and os.path.join(parent, split)
-            with self._summaries.to(directory):
+        evaluators, results = self._need("evaluator"), {}
+        if not (named := isinstance(evaluators, Mapping)):
+            evaluators = {"validation": evaluators}
+        for split, evaluator in evaluators.items():
+            step, start = int(self.global_step.numpy()), self._clock()
+            with self._summaries.to(split):
                 output = evaluator.evaluate(tf.constant(steps, tf.int64))
             results[split] = _on_host(output)
             speed = evaluator.steps_done / max(self._clock() - start, 1e-9)
             values = {**results[split], "steps_per_sec": speed}
-            self._summaries.write(directory, values)
+            self._summaries.write(split, values)
             for reporter in self.reporters:
                 reporter.evaluation(step, split, values)
-        output = results if is_named else results["validation"]
+        output = results if named else results["validation"]
         for action in self.eval_actions:
             action(output)
         return output
@@ -205,8 +194,7 @@ class Controller:
         Raises:
             CheckpointError: No checkpoint appeared.
         """
-        self._need("checkpoint_manager")
-        directory, output = self.checkpoint_manager.directory, None
+        directory, output = self._need("checkpoint_manager").directory, None
         for path in tf.train.checkpoints_iterator(directory, 0, timeout, timeout_fn):
             self.restore_checkpoint(path)
             output = self.evaluate(steps)
@@ -227,8 +215,7 @@ class Controller:
         Raises:
             CheckpointError: The checkpoint does not hold these objects.
         """
-        self._need("checkpoint_manager")
-        manager = self.checkpoint_manager
+        manager = self._need("checkpoint_manager")
         with (self.strategy or tf.distribute.get_strategy()).scope():
             if not isinstance(manager, tf.train.CheckpointManager):
                 path = manager.restore(path)
@@ -245,8 +232,7 @@ class Controller:
 
     def save_checkpoint(self) -> str:
         """Saves a checkpoint, whatever the intervals; returns its path."""
-        self._need("checkpoint_manager")
-        manager, step = self.checkpoint_manager, int(self.global_step.numpy())
+        manager, step = self._need("checkpoint_manager"), int(self.global_step.numpy())
         is_tf = isinstance(manager, tf.train.CheckpointManager)
         path = manager.save(step, **({"check_interval": False} if is_tf else {}))
         self._saved_at = step
@@ -254,22 +240,24 @@ class Controller:
         return path or manager.latest_checkpoint  # TensorFlow's, saved before
 
     def _run(
-        self, steps: int, save: bool, evaluate: Callable[[], dict[str, Any]] = dict,
-        eval_interval: int | None = None,
+        self, steps: int, save: bool, evaluate: Any = dict, eval_every: int | None = None
     ) -> dict[str, Any]:
         """Runs blocks of steps and after each what is due; returns the last results."""
         self._need("trainer")
         step = first = int(self.global_step.numpy())
         output, results = dict[str, Any](), dict[str, Any]()
-        evaluated_at, ended, self.stop_training = None, False, False
+        evaluated_at, self.stop_training = None, False
         self._steps, self._secs = 0, 0.0  # in blocks since the last log
-        intervals = {**self._intervals, "eval_every_steps": eval_interval}
 
         def goes_on() -> bool:
-            for action in self.train_actions + self.eval_actions:
+            for action in (*self.train_actions, *self.eval_actions):
                 self.stop_training |= getattr(action, "stopped", False)
+            ended = step > first and self.trainer.data_ended
             stops = ended or self.stop_training or self._interrupt.requested
             return not stops and (steps < 0 or step < steps)
+
+        def due(interval: int | None) -> bool:
+            return bool(interval) and step % interval == 0
 
         for reporter in self.reporters:
             reporter.start(step, None if steps < 0 else steps)
@@ -277,24 +265,23 @@ class Controller:
             with self._interrupt:
                 while goes_on():
                     try:
-                        output = self._block(step, steps, intervals)
+                        output = self._block(step, steps, eval_every)
                     except EndOfDataError:
                         if step == first:
                             raise
                         break
                     step += self.trainer.steps_done
-                    ended = self.trainer.data_ended
                     for action in self.train_actions:
                         action(output)
-                    due = _due(step, intervals)
-                    self._report(step, output, due if goes_on() else due | _LOG)
-                    if "eval_every_steps" in due and not self._interrupt.requested:
+                    logs = due(self._log_every) or not goes_on()
+                    self._report(step, output, logs, due(self._summary_every))
+                    if due(eval_every) and not self._interrupt.requested:
                         results, evaluated_at = evaluate(), step
-                    if "checkpoint_every_steps" in due:
+                    if due(self._save_every):
                         self._save_once(step)
-                self._report(step, output, _LOG)
-                complete = step >= steps or self.stop_training
-                cut = self._interrupt.requested or not complete
+                self._report(step, output, logs=True)
+                too_short = step < steps and not self.stop_training
+                cut = too_short or self._interrupt.requested
                 if evaluated_at != step and not cut:
                     results = evaluate()
                 if save or cut:
@@ -309,14 +296,12 @@ class Controller:
             raise EndOfDataError(cause, "Repeat them, or train for -1 steps.")
         return results
 
-    def _block(
-        self, step: int, steps: int, intervals: Mapping[str, int | None]
-    ) -> dict[str, Any]:
+    def _block(self, step: int, steps: int, eval_every: int | None) -> dict[str, Any]:
         """Runs the steps up to the nearest boundary; returns the output."""
-        lengths = [n - step % n for n in intervals.values() if n]
+        lengths = [n - step % n for n in (*self._every, eval_every) if n]
         length = min(lengths + [steps - step] * (steps >= 0))
         start = self._clock()
-        with self._summaries.to(self._summary_dir, intervals["summary_interval"]):
+        with self._summaries.to("train", self._summary_every):
             output = self.trainer.train(tf.constant(length, tf.int64))
         # Waits for the devices: the time is training's.
         now, done = int(self.global_step.numpy()), self.trainer.steps_done
@@ -332,15 +317,15 @@ class Controller:
             raise ConfigError(cause, remedy)
         return output or {}
 
-    def _report(self, step: int, output: dict[str, Any], due: set[str]) -> None:
-        """Logs and summarises the steps since the last log."""
-        if not self._steps or not due & {"log_every_steps", "summary_interval"}:
+    def _report(self, step: int, output: Any, logs: bool, summarises=False) -> None:
+        """Logs and summarises the steps since the last log, if there are any."""
+        if not (self._steps and (logs or summarises)):
             return
         values = _on_host({**output, **self.trainer.report()})
         speed = self._steps / max(self._secs, 1e-9)
-        if "summary_interval" in due:
-            self._summaries.write(self._summary_dir, {**values, "steps_per_sec": speed})
-        if "log_every_steps" in due:
+        if summarises:
+            self._summaries.write("train", {**values, "steps_per_sec": speed})
+        if logs:
             for reporter in self.reporters:
                 reporter.train(step, values, speed)
             self.trainer.reset_metrics()
@@ -350,18 +335,11 @@ class Controller:
         if self.checkpoint_manager is not None and self._saved_at != step:
             self.save_checkpoint()
 
-    def _need(self, argument: str) -> None:
+    def _need(self, argument: str) -> Any:
         if getattr(self, argument) is None:
             cause = f"`{argument}` is None, and this method needs it."
             raise ConfigError(cause, f"Give `{argument}` to the Controller.")
-
-
-_LOG = {"log_every_steps"}
-
-
-def _due(step: int, intervals: Mapping[str, int | None]) -> set[str]:
-    """Returns the names of the intervals of which `step` is a multiple."""
-    return {name for name, n in intervals.items() if n and step % n == 0}
+        return getattr(self, argument)
 
 
 def _on_host(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
@@ -371,6 +349,6 @@ def _on_host(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, An
         if isinstance(value, Mapping):
             host.update(_on_host(value, f"{prefix}{name}/"))
         else:
-            array = np.asarray(value)
+            array = np.asarray(value.numpy() if tf.is_tensor(value) else value)
             host[prefix + name] = array if array.ndim else array.item()
     return host

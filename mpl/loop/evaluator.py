@@ -94,8 +94,7 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
             loop.iterators = None
         loop.run(num_steps, self.make_eval_dataset)
         if loop.data_ended and num_steps >= 0:
-            counts = self.steps_done, int(num_steps)
-            logging.warning("The data ended after %d of %d steps.", *counts)
+            logging.warning("The data gave %d of %d steps.", self.steps_done, num_steps)
         return self.eval_end() if loop.state is None else self.eval_end(loop.state)
 
     @property

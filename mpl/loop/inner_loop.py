@@ -9,6 +9,9 @@ from absl import logging
 from mpl.errors import ConfigError
 
 
+_graph = tf.compat.v1.get_default_graph
+
+
 class EndOfDataError(ConfigError):
     """A loop was asked for steps and the data had not one batch left."""
 
@@ -25,9 +28,7 @@ class StepIterator:
             traced twice, with the same batches.
     """
 
-    def __init__(
-        self, iterator: Any, position: Any, around: tf.Graph | None, taken: list
-    ):
+    def __init__(self, iterator: Any, position: Any, around: Any, taken: list):
         self._iterator, self._position = iterator, position
         self._around, self._taken = around, taken
         self._graph, self._count = _graph(), 0
@@ -72,7 +73,7 @@ class InnerLoop:
         options: `TrainerOptions`, or others with the same attributes.
         dataset: Kept for the owner, as `iterators` are: in this plain object, since
             tf.train.Checkpoint would save those of a tf.Module.
-        should_stop: Returns a boolean tensor before each step, or None.
+        should_stop: Returns a boolean tensor before each step.
         reduce: Called with `state` and what each step returns, gives the next state;
             the loop is then Python's.
 
@@ -85,7 +86,7 @@ class InnerLoop:
 
     def __init__(
         self, step: Callable[[Any], Any], options: Any, dataset: Any,
-        should_stop: Callable[[], Any] = lambda: None,
+        should_stop: Callable[[], Any] = lambda: False,
         reduce: Callable[[Any, Any], Any] | None = None,
     ):
         if options.use_tf_while_loop and not options.use_tf_function:
@@ -103,8 +104,7 @@ class InnerLoop:
         self.state: Any = None
 
     def run(
-        self, num_steps: tf.Tensor | int, make_dataset: Callable[[], Any],
-        positions: Any = None,
+        self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None
     ) -> None:
         """Runs `num_steps` steps; -1: all that the data give.
 
@@ -124,7 +124,8 @@ class InnerLoop:
         tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
         self._positions, self.data_ended = positions, False
         try:
-            self._block(self.iterators, tf.cast(num_steps, tf.int64))
+            limit = tf.int64.max if num_steps < 0 else num_steps
+            self._block(self.iterators, tf.cast(limit, tf.int64))
         except (StopIteration, tf.errors.OutOfRangeError):
             self.data_ended = True
         self._warn_of_retrace()
@@ -132,10 +133,11 @@ class InnerLoop:
             cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
             raise EndOfDataError(cause, "Give data, repeated to train for longer.")
 
-    def _run(self, iterators: Any, num_steps: tf.Tensor) -> None:
+    def _run(self, iterators: Any, limit: tf.Tensor) -> None:
         done = tf.constant(0, tf.int64)
-        while self._goes_on(done, num_steps):  # traced, this is a tf.while
-            # Before the step: known when the data end in it.
+        # Traced, this is a tf.while.
+        while (done < limit) & tf.logical_not(self._should_stop()):
+            # Assigned before the step, to be right when the data end in it.
             with tf.control_dependencies([self.done.assign(done)]):
                 self._keep(self._one_step(iterators))
             done += 1
@@ -144,10 +146,6 @@ class InnerLoop:
     def _keep(self, output: Any) -> None:
         if self._reduce:
             self.state = self._reduce(self.state, output)
-
-    def _goes_on(self, done: tf.Tensor, num_steps: tf.Tensor) -> tf.Tensor:
-        goes_on, stop = (num_steps < 0) | (done < num_steps), self._should_stop()
-        return goes_on if stop is None else goes_on & ~tf.convert_to_tensor(stop)
 
     def _run_step(self, iterators: Any) -> Any:
         around = _graph() if tf.inside_function() else None
@@ -165,8 +163,7 @@ class InnerLoop:
         count = self._traced.experimental_get_tracing_count()
         data = str(tf.nest.map_structure(tf.type_spec_from_value, self.iterators))
         if 0 < self._traces < count:
-            text = "The step was traced again (%d): its data were %s and are now %s."
-            logging.warning(text, count, self._data, data)
+            logging.warning("The step was traced again: %s became %s.", self._data, data)
         self._traces, self._data = count, data
 
 
@@ -183,7 +180,3 @@ def _iterator(dataset: Any) -> Any:
         remedy = "Use tf.data.Dataset, e.g. `from_tensor_slices` or `from_generator`."
         raise ConfigError(cause, remedy)
     return iter(dataset)
-
-
-def _graph() -> tf.Graph:
-    return tf.compat.v1.get_default_graph()

@@ -52,10 +52,8 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     ):
         super().__init__(name=name)
         self.position = tf.nest.map_structure(lambda _: counter(), train_dataset)
-        options = options or TrainerOptions()
-        self._loop = InnerLoop(
-            self.train_step, options, train_dataset, self.should_stop
-        )
+        options, should_stop = options or TrainerOptions(), self.should_stop
+        self._loop = InnerLoop(self.train_step, options, train_dataset, should_stop)
 
     @abc.abstractmethod
     def train_step(self, iterator: Any) -> None:
@@ -72,8 +70,9 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     def train_loop_end(self) -> dict[str, Any] | None:
         """Is called after each block; returns what `train` returns."""
 
-    def should_stop(self) -> tf.Tensor | None:
+    def should_stop(self) -> tf.Tensor | bool:
         """Returns a boolean tensor; true ends the block before the next step."""
+        return False
 
     def nonfinite_error(self) -> NonFiniteError | None:
         """Returns what to raise when `should_stop` has ended a block, or None."""
@@ -90,7 +89,7 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
 
         def seek(dataset: Any, position: tf.Variable) -> Any:
             num_batches = int(position.numpy())
-            if num_batches and hasattr(dataset, "skip"):
+            if hasattr(dataset, "skip"):
                 return dataset.skip(num_batches)
             if num_batches:
                 logging.warning("%s begins anew, at batch 0.", type(dataset).__name__)
