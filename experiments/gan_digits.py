@@ -28,7 +28,7 @@ class Config(mpl.RunConfig):
 
 
 class Latent(keras.layers.Layer):
-    """Random codes; the seed is the model's own, so that a skipped step repeats them."""
+    """Random codes; the seed is the model's own, so a skipped step repeats them."""
 
     def __init__(self):
         super().__init__()
@@ -76,17 +76,18 @@ class GanDigits(mpl.Experiment):
                 with of_g.bound(params_g) as g, of_d.bound(params_d) as d:
                     fake = self.generate(batch, training=True)
                     on_fake = self.judge(fake, batch)
-                    on_real = self.judge(tf.cast(batch["image"], tf.float32) / 16, batch)
+                    real = tf.cast(batch["image"], tf.float32) / 16
+                    on_real = self.judge(real, batch)
                 loss_g = mpl.LossOutput(tf.nn.softplus(-on_fake), batch["weight"])
                 loss_d = mpl.LossOutput(
                     tf.nn.softplus(-on_real) + tf.nn.softplus(on_fake), batch["weight"],
                     self.outputs(batch, fake))
                 scaled_g = self.optimizer["generator"].scale_loss(loss_g, g)
                 scaled_d = self.optimizer["discriminator"].scale_loss(loss_d, d)
-            mpl.apply_together([
-                (self.optimizer["generator"], of_g.gradients(tape_g, scaled_g, g), g),
-                (self.optimizer["discriminator"], of_d.gradients(tape_d, scaled_d, d), d),
-            ])
+            grads_g = of_g.gradients(tape_g, scaled_g, g)
+            grads_d = of_d.gradients(tape_d, scaled_d, d)
+            mpl.apply_together([(self.optimizer["generator"], grads_g, g),
+                                (self.optimizer["discriminator"], grads_d, d)])
             self.update_metrics(loss_d, d)
 
         self.strategy.run(self.compiled(replica_step), args=(next(iterator),))

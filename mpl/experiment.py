@@ -13,10 +13,8 @@ from mpl import data as data_lib
 from mpl import distribute, errors, inference
 from mpl.loop import evaluator as evaluator_lib
 from mpl.loop import trainer as trainer_lib
-from mpl.precision import cast as cast_lib
 from mpl.precision import loss_scale as loss_scale_lib
 from mpl.precision import policy as policy_lib
-from mpl.record import export as export_lib
 from mpl.step import binding as binding_lib
 from mpl.step import gradients as gradients_lib
 from mpl.step import keras_optimizer
@@ -70,7 +68,8 @@ class Experiment:
         """Returns the `LossOutput` of this replica's part of a batch.
 
         Args:
-          batch: what `build_data` gave, `[batch, ...]`, and `weight`, float32 `[batch]`.
+          batch: what `build_data` gave, `[batch, ...]`, and `weight`, float32
+            `[batch]`.
           training: whether a step follows.
         """
         raise NotImplementedError(f"{type(self).__name__}.loss")
@@ -102,7 +101,7 @@ class Experiment:
         return master_weights_lib.MasterWeights(model, self.policy)
 
     def train_step(self, iterator: Any) -> None:
-        """Runs one step on every replica; cross-replica context, inside a tf.function."""
+        """Runs one step on every replica; cross-replica context, in a tf.function."""
 
         def replica_step(batch: Mapping[str, tf.Tensor]) -> None:
             params = self.weights.cast()  # float32 masters -> compute copies
@@ -297,7 +296,7 @@ class Experiment:
         return next(iter(self._eval_metrics.metrics), "loss")
 
     def predictor(self) -> Callable[[Mapping[str, np.ndarray]], Any]:
-        """Returns a function from a dict of arrays `[n, ...]` to predictions `[n, ...]`.
+        """Returns a function from a dict of `[n, ...]` to predictions `[n, ...]`.
 
         The weights are those of each call: averages where the run keeps them.
         """
@@ -348,8 +347,8 @@ class _Trainer(trainer_lib.Trainer):
 
     def should_stop(self) -> tf.Tensor:
         limit = self._experiment.config.max_consecutive_skips
-        return tf.reduce_any([optimizer.consecutive_skips >= limit
-                              for optimizer in tf.nest.flatten(self._experiment.optimizer)])
+        optimizers = tf.nest.flatten(self._experiment.optimizer)
+        return tf.reduce_any([each.consecutive_skips >= limit for each in optimizers])
 
     def nonfinite_error(self) -> errors.NonFiniteError:
         optimizers = tf.nest.flatten(self._experiment.optimizer)

@@ -106,9 +106,9 @@ def _features(experiment: Any, twin: Any) -> dict[str, tf.TensorSpec]:
         read.update(batch)
         twin.predict(read)
 
-    probe.get_concrete_function(
-        {name: tf.TensorSpec([None, *s.shape[1:]], s.dtype) for name, s in specs.items()}
-    )
+    probe.get_concrete_function({
+        name: tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+        for name, spec in specs.items()})
     names = read.names or set(specs) - {"weight"}
     return {
         name: tf.TensorSpec(specs[name].shape[1:], specs[name].dtype)
@@ -126,4 +126,3 @@ class _Read(dict):
     def __getitem__(self, name: str) -> Any:
         self.names.add(name)
         return super().__getitem__(name)
-

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 from mpl.errors import CheckpointError, ConfigError
 from mpl.loop.actions import Action, require_positive
@@ -107,11 +106,10 @@ class Controller:
             checkpoint_every_steps=checkpoint_every_steps,
         )
         interval = getattr(checkpoint_manager, "checkpoint_interval", None)
-        self._save_every = checkpoint_every_steps or interval
+        self._steps_per_loop, self._eval_every = steps_per_loop, eval_every_steps
         self._log_every = log_every_steps or steps_per_loop
         self._summary_every = summary_interval or self._log_every
-        self._eval_every = eval_every_steps
-        self._every = steps_per_loop, self._log_every, self._summary_every, self._save_every
+        self._save_every = checkpoint_every_steps or interval
         self.global_step, self.strategy = global_step, strategy
         self.trainer: Any = trainer
         self.evaluator: Any = evaluator
@@ -223,7 +221,6 @@ class Controller:
                 status = manager.checkpoint.restore(path)
                 status.assert_existing_objects_matched()
         if path is not None:
-            logging.info("Restored %s.", path)
             if self.trainer is not None:
                 self.trainer.reset_iterator()
             self._after_restore()
@@ -236,11 +233,10 @@ class Controller:
         is_tf = isinstance(manager, tf.train.CheckpointManager)
         path = manager.save(step, **({"check_interval": False} if is_tf else {}))
         self._saved_at = step
-        logging.info("Saved %s.", path)
         return path or manager.latest_checkpoint  # TensorFlow's, saved before
 
     def _run(
-        self, steps: int, save: bool, evaluate: Any = dict, eval_every: int | None = None
+        self, steps: int, saves: bool, evaluate: Any = dict, eval_every: Any = None
     ) -> dict[str, Any]:
         """Runs blocks of steps and after each what is due; returns the last results."""
         self._need("trainer")
@@ -284,7 +280,7 @@ class Controller:
                 cut = too_short or self._interrupt.requested
                 if evaluated_at != step and not cut:
                     results = evaluate()
-                if save or cut:
+                if saves or cut:
                     self._save_once(step)
         finally:
             for reporter in self.reporters:
@@ -298,8 +294,9 @@ class Controller:
 
     def _block(self, step: int, steps: int, eval_every: int | None) -> dict[str, Any]:
         """Runs the steps up to the nearest boundary; returns the output."""
-        lengths = [n - step % n for n in (*self._every, eval_every) if n]
-        length = min(lengths + [steps - step] * (steps >= 0))
+        every = [self._steps_per_loop, self._log_every, self._summary_every]
+        every += [n for n in (self._save_every, eval_every) if n]
+        length = min([n - step % n for n in every] + [steps - step] * (steps >= 0))
         start = self._clock()
         with self._summaries.to("train", self._summary_every):
             output = self.trainer.train(tf.constant(length, tf.int64))

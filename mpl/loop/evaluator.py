@@ -15,9 +15,9 @@ class EvaluatorOptions:
     """How an evaluation runs; its results do not depend on it.
 
     Attributes:
-        use_tf_function: Trace the step; False runs it eagerly, for debugging.
-        use_tf_while_loop: Run all steps as one `tf.while`, unless `eval_reduce` is
-            overridden, which Python calls. Needs `use_tf_function`.
+        use_tf_function: Trace the step; False runs all eagerly, for debugging.
+        use_tf_while_loop: Run all traced steps as one `tf.while`, unless `eval_reduce`
+            is overridden, which Python calls.
         recreate_iterator_for_each_eval: Begin each evaluation at the first batch; False
             goes on where the last one stopped, and begins anew once the data ended.
     """

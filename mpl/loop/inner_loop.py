@@ -89,15 +89,14 @@ class InnerLoop:
         should_stop: Callable[[], Any] = lambda: False,
         reduce: Callable[[Any, Any], Any] | None = None,
     ):
-        if options.use_tf_while_loop and not options.use_tf_function:
-            cause = "`use_tf_while_loop` (True) needs `use_tf_function` (False)."
-            raise ConfigError(cause, "Set both to False to run eagerly.")
         self._step, self._should_stop, self._reduce = step, should_stop, reduce
-        in_graph = options.use_tf_while_loop and reduce is None
-        self._traced = tf.function(self._run if in_graph else self._run_step)
-        self._block: Any = self._traced if in_graph else self._run
-        steps_apart = options.use_tf_function and not in_graph
-        self._one_step: Any = self._traced if steps_apart else self._run_step
+        self._block: Any = self._run
+        self._one_step: Any = self._run_step
+        self._traced = tf.function(self._run_step)
+        if options.use_tf_function and options.use_tf_while_loop and not reduce:
+            self._block = self._traced = tf.function(self._run)
+        elif options.use_tf_function:
+            self._one_step = self._traced
         self._traces, self._data = 0, ""  # of the last run
         self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
@@ -163,7 +162,7 @@ class InnerLoop:
         count = self._traced.experimental_get_tracing_count()
         data = str(tf.nest.map_structure(tf.type_spec_from_value, self.iterators))
         if 0 < self._traces < count:
-            logging.warning("The step was traced again: %s became %s.", self._data, data)
+            logging.warning("The step is traced again: %s became %s.", self._data, data)
         self._traces, self._data = count, data
 
 

@@ -23,9 +23,7 @@ class Summaries:
         eval_directory: With a folder for each other split; None: as the other.
     """
 
-    def __init__(
-        self, global_step: tf.Variable, directory: str | None, eval_directory: str | None
-    ):
+    def __init__(self, global_step: tf.Variable, directory: Any, eval_directory: Any):
         self._directory, self._eval_directory = directory, eval_directory or directory
         if self._eval_directory and importlib.util.find_spec("tensorboard") is None:
             logging.warning("No summaries: they need `pip install tensorboard`.")

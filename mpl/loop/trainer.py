@@ -16,9 +16,9 @@ class TrainerOptions:
     """How an inner loop runs; its results do not depend on it.
 
     Attributes:
-        use_tf_function: Trace the step; False runs it eagerly, for debugging.
-        use_tf_while_loop: Run a whole block as one `tf.while`; False calls one traced
-            step at a time from Python. Needs `use_tf_function`.
+        use_tf_function: Trace the step; False runs all eagerly, for debugging.
+        use_tf_while_loop: Run a whole traced block as one `tf.while`; False calls one
+            traced step at a time from Python.
     """
 
     use_tf_function: bool = True

@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ class ModelVariable:
       name: path in the model, for messages and for matching patterns.
       key: path that does not depend on what else the process built, for checkpoints.
       value: the tf.Variable.
-      keras_variable: the keras.Variable around it, or None for a variable of a tf.Module.
+      keras_variable: the keras.Variable around it; None in a tf.Module.
       owners: the Keras layers whose variable it is; several where weights are tied.
       autocast: whether its layer reads it in the layer's compute dtype.
     """
@@ -51,7 +52,7 @@ class ModelVariable:
 
     @property
     def is_seed(self) -> bool:
-        return self.keras_variable is not None and self.keras_variable.name == _SEED_NAME
+        return getattr(self.keras_variable, "name", None) == _SEED_NAME
 
     @property
     def regularizer(self) -> Callable | None:
@@ -95,7 +96,8 @@ class Binding:
             if variable.trainable and (id(attributes), name) not in lent:
                 lent.add((id(attributes), name))
                 self._loans.append((attributes, name))
-        self._known = {id(entry.keras_variable) for entry in self.trainable + self.state}
+        known = self.trainable + self.state
+        self._known = {id(entry.keras_variable) for entry in known}
         if not self.trainable:
             raise errors.ConfigError(
                 f"`model` ({type(model).__name__}) has no trainable variable.",
@@ -139,11 +141,7 @@ class Binding:
         then = {id(entry.value): entry.name for entry in self.trainable}
         gone = [f"{then[key]!r} went" for key in then if key not in now]
         come = [f"{now[key]!r} came" for key in now if key not in then]
-        return (gone + come or [None])[0]
-
-    def layers(self) -> list[keras.layers.Layer]:
-        """Returns every Keras layer of the model, nested ones too."""
-        return flatten_layers(self._model)
+        return next(iter(gone + come), None)
 
     @contextlib.contextmanager
     def scope(
@@ -178,7 +176,7 @@ class Binding:
             raise errors.ConfigError(
                 "a second replica entered `bound` while the first stands inside it, in "
                 f"a collective: {_collective_of(former)}. The model is a tf.Module or "
-                "has a sparse table, whose variables are lent to one replica at a time.",
+                "has a sparse table, whose variables one replica at a time may borrow.",
                 "Keep collectives (all_reduce, synchronised batch normalisation, "
                 "aggregated assigns) out of the forward pass of such models.",
             )
@@ -280,7 +278,7 @@ def _graph() -> tf.Graph:
 
 def _calling_layer() -> str:
     """Returns the name of the innermost Keras layer on the stack."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, keras.layers.Layer):
@@ -380,10 +378,9 @@ def canonical_names(paths: list[str]) -> list[str]:
             canonical.append(known[part])
             parent += (part,)
         names.append("/".join(canonical))
-    count = collections.Counter(names)
     seen: collections.Counter[str] = collections.Counter()
     for number, name in enumerate(names):
-        if count[name] > 1:
+        seen[name] += 1
+        if seen[name] > 1:
             names[number] = f"{name}#{seen[name]}"
-            seen[name] += 1
     return names

@@ -142,9 +142,8 @@ def _prepare(
         else tf.cast(tf.reduce_sum(tf.abs(value)), dtype)[tf.newaxis]
         for value in state
     ]
-    return Prepared(
-        unscaled, state, forward.snapshot, tf.concat([squares, *checks], 0), norm, active
-    )
+    checks = tf.concat([squares, *checks], 0)
+    return Prepared(unscaled, state, forward.snapshot, checks, norm, active)
 
 
 def _wide(reduce_dtype: tf.DType, bucket: Any) -> tf.DType:
@@ -185,9 +184,8 @@ def _reduce_scalars(
     sums = tf.stack([forward.loss_sum, forward.weight_sum])
     if context.num_replicas_in_sync == 1:
         return sums, forward.state
-    floating = [
-        value for value in forward.state if value is not None and value.dtype.is_floating
-    ]
+    written = [value for value in forward.state if value is not None]
+    floating = [value for value in written if value.dtype.is_floating]
     weight = forward.weight_sum
     flat = [
         tf.math.multiply_no_nan(tf.reshape(tf.cast(value, weight.dtype), [-1]), weight)
@@ -271,7 +269,7 @@ def accumulate(
     cut = tf.nest.map_structure(
         lambda leaf: tf.reshape(leaf, [steps, -1, *leaf.shape[1:]]), batch
     )
-    traced = {}
+    traced = dict[str, Any]()
 
     # Traced once, here, so that the loop's variables are known before it is built.
     @tf.function
@@ -284,7 +282,7 @@ def accumulate(
         rows = [(g.indices, g.values) for g in gradients
                 if isinstance(g, tf.IndexedSlices)]
         sums += [tf.cast(g, _wide(tf.float32, bucket)) for g, bucket in
-                 zip(dense, [b for b in weights.buckets if not b.sparse])]
+                 zip(dense, [b for b in weights.buckets if not b.kind.sparse])]
         kept = tf.nest.flatten((rows, output))
         kept = [leaf for leaf in kept if tf.is_tensor(leaf)]
         # Statistics of padding count nothing, here as on a replica of its own.
@@ -313,9 +311,9 @@ def accumulate(
         kept = [array.write(index, leaf) for array, leaf in zip(kept, leaves)]
         return index + 1, sums, state, scale, kept
 
+    first = (tf.constant(0), sums, state, scale, kept)
     _, sums, state, scale, kept = tf.while_loop(
-        lambda index, *_: index < steps, body, (tf.constant(0), sums, state, scale, kept)
-    )
+        lambda index, *_: index < steps, body, first)
     leaves = iter(
         array.concat() if spec.shape.rank else array.stack()
         for array, spec in zip(kept, kept_specs)
@@ -327,7 +325,7 @@ def accumulate(
     dense = iter(sums[2:])
     gradients = [
         tf.IndexedSlices(*reversed([next(leaves), next(leaves)]))
-        if bucket.sparse else next(dense) for bucket in weights.buckets
+        if bucket.kind.sparse else next(dense) for bucket in weights.buckets
     ]
     output = tf.nest.map_structure(
         lambda leaf: next(leaves) if tf.is_tensor(leaf) else leaf, traced["output"]

@@ -10,6 +10,7 @@ import tensorflow as tf
 from mpl import errors
 from mpl.precision import loss_scale as loss_scale_lib
 from mpl.step import binding as binding_lib
+from mpl.step import bucket as bucket_lib
 from mpl.step import gradients as gradients_lib
 from mpl.step import master_weights as master_weights_lib
 from mpl.step import slots as slots_lib
@@ -93,7 +94,7 @@ class LossScaleOptimizer(tf.Module):
         self.nominal_weight = float(nominal_weight)
         self.reduce_dtype = tf.as_dtype(reduce_dtype)
         self.share = self.loss_scale.register()
-        self.buckets: list[master_weights_lib.Bucket] = []
+        self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []
         # Skips, skips in a row, position of the last bad value, whether it was NaN.
         self._counts = _host_variable(np.zeros(4, np.int64), "counts")
@@ -126,23 +127,20 @@ class LossScaleOptimizer(tf.Module):
     def build(self, variables: Sequence[tf.Variable | keras.Variable]) -> None:
         """Makes the slots for `apply_gradients` of these variables."""
         paths = [getattr(v, "path", None) or v.name.split(":")[0] for v in variables]
-        buckets = []
+        members = []
         for variable, path, key in zip(
             variables, paths, binding_lib.canonical_names(paths)
         ):
-            is_keras = isinstance(variable, keras.Variable)
-            value = variable.value if is_keras else variable
-            entry = binding_lib.ModelVariable(
-                path, key, value, variable if is_keras else None
-            )
-            buckets.append(master_weights_lib.Bucket(
-                [entry], value.dtype, decay=True, multiplier=1.0, variable=value))
-        self._build(buckets)
+            own = variable if isinstance(variable, keras.Variable) else None
+            value = variable if own is None else own.value
+            kind = bucket_lib.Kind(value.dtype, value.dtype)
+            members.append((kind, binding_lib.ModelVariable(path, key, value, own)))
+        self._build(bucket_lib.buckets_of(members))
 
-    def _build(self, buckets: list[master_weights_lib.Bucket]) -> None:
+    def _build(self, buckets: list[bucket_lib.Bucket]) -> None:
         self.buckets = buckets
         for bucket in buckets:
-            if bucket.sparse:
+            if bucket.kind.sparse:
                 sparse_lib.check_rule(self.inner, bucket)
         self._slots = slots_lib.Slots(self.inner, buckets)
         if self.ema_decay is not None:
@@ -198,7 +196,7 @@ class LossScaleOptimizer(tf.Module):
         single rows where the inner optimizer has a rule for it, else become dense.
 
         Raises:
-          ConfigError: if the variables are not those of `build`, or one has no gradient.
+          ConfigError: if the variables are not those of `build`, or a gradient lacks.
         """
         gradients, variables = zip(*grads_and_vars)
         values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
@@ -239,39 +237,35 @@ class LossScaleOptimizer(tf.Module):
         extended = strategy.extended
         rate = self.inner.learning_rate
         slots_lib.advance(self.inner)
-        for number, (bucket, gradient) in enumerate(
-            zip(self.buckets, prepared.gradients)
-        ):
+        pairs = zip(self.buckets, prepared.gradients)
+        for number, (bucket, gradient) in enumerate(pairs):
             def update_one(variable, gradient, rate, number=number, bucket=bucket):
-                rate = tf.cast(rate, variable.dtype) * bucket.multiplier
+                rate = tf.cast(rate, variable.dtype) * bucket.kind.multiplier
                 if isinstance(gradient, tf.IndexedSlices):
                     rows = self._slots.of(number)
                     sparse_lib.update_rows(self.inner, variable, gradient, rate, rows)
                     return
                 decay = self._slots.decay(number)
-                if decay and bucket.decay:
+                if decay and bucket.kind.decay:
                     variable.assign_sub(variable * decay * rate)
                 self.inner.update_step(gradient, variable, rate)
                 constraint = bucket.entries[0].constraint
                 if constraint is not None:
                     variable.assign(constraint(tf.convert_to_tensor(variable)))
 
-            extended.update(
-                bucket.variable, update_one, args=(gradient, rate), group=False
-            )
+            extended.update(bucket.variable, update_one, (gradient, rate), group=False)
         for average, bucket in zip(self.averages, self.buckets):
-            extended.update(average, self._average, args=(bucket.variable,), group=False)
+            extended.update(average, self._average, (bucket.variable,), group=False)
         state = self.weights.state if self.weights else []
         for entry, value in zip(state, prepared.state):
             if value is not None:
                 if not entry.value.dtype.is_floating:  # not averaged: it may differ
                     value = strategy.experimental_local_results(value)[0]
-                extended.update(
-                    entry.value, lambda v, new: v.assign(new), args=(value,), group=False
-                )
+                extended.update(entry.value, _assign, (value,), group=False)
         self.inner.iterations.assign_add(1)
 
     def _average(self, average: tf.Variable, master: tf.Variable) -> None:
+        assert self.ema_decay is not None
         average.assign_sub((1.0 - self.ema_decay) * (average - master))
 
     def put_back(
@@ -280,9 +274,7 @@ class LossScaleOptimizer(tf.Module):
         """Undoes what a tf.Module assigned in place; cross-replica context."""
         assigned = self.weights.assigned if self.weights else []
         for entry, value in zip(assigned, prepared.snapshot):
-            strategy.extended.update(
-                entry.value, lambda v, old: v.assign(old), args=(value,), group=False
-            )
+            strategy.extended.update(entry.value, _assign, (value,), group=False)
 
     def count(
         self, finite: tf.Tensor, active: tf.Tensor, checks: tf.Tensor, norm: tf.Tensor
@@ -355,6 +347,7 @@ class LossScaleOptimizer(tf.Module):
 
     def rebuild(self, slots: Mapping[str, tf.Tensor]) -> None:
         """Makes slots for the trainable variables of now, keeping old values."""
+        assert self.weights is not None
         self.inner = type(self.inner).from_config(self.inner.get_config())
         self.weights.build(self.inner)
         self._build(self.weights.buckets)
@@ -403,6 +396,10 @@ def _check_arguments(inner, clip_norm, ema_decay, nominal_weight) -> None:
             f"`nominal_weight` ({nominal_weight}) must be positive and finite.",
             "Use the global batch size, or 1.0.",
         )
+
+
+def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
+    variable.assign(value)
 
 
 def _host_variable(value: Any, name: str) -> tf.Variable:

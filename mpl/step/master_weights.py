@@ -1,86 +1,27 @@
 """float32 master weights and their copies in the compute dtype."""
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from mpl import errors
 from mpl.precision import policy as policy_lib
 from mpl.step import binding as binding_lib
+from mpl.step import bucket as bucket_lib
 from mpl.step import remat as remat_lib
 from mpl.step import sparse as sparse_lib
 from mpl.step import state as state_lib
 
-_ROW = 128  # elements; slices of a packed bucket begin on such a row
-_MAX_BUCKET_BYTES = 32 * 2**20
 PACK_BELOW = 256 * 2**10  # bytes
 
 # Rules that treat each element alike, so that packing cannot change their result.
 # Exact types: a subclass may do otherwise.
 _ELEMENTWISE = [getattr(keras.optimizers, name) for name in (
     "SGD RMSprop Adam AdamW Adamax Nadam Adagrad Adadelta Lion Ftrl").split()]
-
-
-@dataclasses.dataclass(eq=False)
-class Bucket:
-    """Variables that are cast, reduced and updated as one.
-
-    Attributes:
-      entries: the variables in it.
-      variable: their master: the model's own variable where there is one entry, else
-        a buffer `[rows, 128]`.
-      dtype: what `cast` casts to.
-      decay: whether weight decay applies.
-      multiplier: factor on the learning rate.
-      rows: rows of each entry in the buffer; None for a variable by itself.
-      sparse: whether it is a table read row by row.
-    """
-
-    entries: list[binding_lib.ModelVariable]
-    dtype: tf.DType
-    decay: bool
-    multiplier: float
-    rows: list[int] | None = None
-    sparse: bool = False
-    variable: tf.Variable | None = None
-
-    def split(self, packed: tf.Tensor | tf.Variable) -> list:
-        """Returns each entry's part of a tensor laid out like the bucket."""
-        if self.rows is None:
-            return [packed]
-        parts = tf.split(packed, self.rows)
-        slices = []
-        for part, entry in zip(parts, self.entries):
-            size = entry.value.shape.num_elements()
-            slices.append(tf.reshape(tf.reshape(part, [-1])[:size], entry.value.shape))
-        return slices
-
-    def join(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
-        """Returns the tensor whose `split` is `values`."""
-        if self.rows is None:
-            return tf.convert_to_tensor(values[0])
-        padded = []
-        for value, rows in zip(values, self.rows):
-            flat = tf.reshape(tf.convert_to_tensor(value), [-1])
-            missing = rows * _ROW - flat.shape.num_elements()
-            padded.append(tf.pad(flat, [[0, missing]]) if missing else flat)
-        return tf.reshape(tf.concat(padded, 0), [-1, _ROW])
-
-    def squares(self, gradient: tf.Tensor) -> tf.Tensor:
-        """Returns the sum of squares of each entry's part, shape `[entries]`."""
-        squared = tf.square(gradient)
-        if self.rows is None:
-            return tf.reduce_sum(squared)[tf.newaxis]
-        of_rows = tf.reduce_sum(squared, axis=1)
-        segments = np.repeat(np.arange(len(self.rows)), self.rows).astype(np.int32)
-        # The unsorted form has a static result, which XLA asks for.
-        return tf.math.unsorted_segment_sum(of_rows, segments, len(self.rows))
 
 
 class MasterWeights:
@@ -128,7 +69,7 @@ class MasterWeights:
     ):
         self.model = model
         self.policy = policy_lib.get_policy(policy)
-        self.buckets: list[Bucket] = []
+        self.buckets: list[bucket_lib.Bucket] = []
         self._pack_below = pack_below
         self._sparse = sparse
         self._no_decay = tuple(no_decay)
@@ -199,40 +140,23 @@ class MasterWeights:
             every variable keeps its true shape.
         """
         packs = inner is None or type(inner) in _ELEMENTWISE
-        self.buckets = []
-        open_buckets: dict[tuple, Bucket] = {}
-        for entry in reversed(self.entries):
-            sparse = self._is_sparse(entry)
-            decay = not any(re.search(p, entry.name) for p in self._no_decay)
-            multiplier = next(
-                (float(factor) for pattern, factor in self._lr_multipliers.items()
-                 if re.search(pattern, entry.name)), 1.0)
-            dtype = entry.value.dtype if sparse else self._compute_dtype(entry)
-            alone = (sparse or not packs or entry.num_bytes >= self._pack_below
-                     or entry.constraint is not None)
-            if alone:
-                bucket = Bucket([entry], dtype, decay, multiplier, sparse=sparse,
-                                variable=entry.value)
-                self.buckets.append(bucket)
-                continue
-            group = (entry.value.dtype, dtype, decay, multiplier)
-            rows = -(-entry.value.shape.num_elements() // _ROW)
-            bucket = open_buckets.get(group)
-            if bucket is None or (
-                (sum(bucket.rows) + rows) * _ROW * entry.value.dtype.size
-                > _MAX_BUCKET_BYTES
-            ):
-                bucket = Bucket([], dtype, decay, multiplier, rows=[])
-                open_buckets[group] = bucket
-                self.buckets.append(bucket)
-            bucket.entries.append(entry)
-            bucket.rows.append(rows)
-        for number, bucket in enumerate(self.buckets):
-            if bucket.rows is not None:
-                values = [entry.value for entry in bucket.entries]
-                bucket.variable = tf.Variable(
-                    bucket.join(values), trainable=False, name=f"bucket_{number}"
-                )
+        # Last created first: their gradients are ready first, and so reduced first.
+        self.buckets = bucket_lib.buckets_of(
+            [(self._kind(entry, packs), entry) for entry in reversed(self.entries)])
+
+    def _kind(self, entry: binding_lib.ModelVariable, packs: bool) -> bucket_lib.Kind:
+        sparse = self._is_sparse(entry)
+        small = entry.num_bytes < self._pack_below and entry.constraint is None
+        factors = (float(factor) for pattern, factor in self._lr_multipliers.items()
+                   if re.search(pattern, entry.name))
+        return bucket_lib.Kind(
+            master=entry.value.dtype,
+            compute=entry.value.dtype if sparse else self._compute_dtype(entry),
+            decay=not any(re.search(pattern, entry.name) for pattern in self._no_decay),
+            multiplier=next(factors, 1.0),
+            packed=packs and small and not sparse,
+            sparse=sparse,
+        )
 
     def _compute_dtype(self, entry: binding_lib.ModelVariable) -> tf.DType:
         master, compute = entry.value.dtype, self.policy.compute_dtype
@@ -285,9 +209,10 @@ class MasterWeights:
         """
         self._require_built()
         values = values or [bucket.variable for bucket in self.buckets]
+        kinds = [bucket.kind for bucket in self.buckets]
         return [
-            value if bucket.sparse else tf.cast(tf.convert_to_tensor(value), bucket.dtype)
-            for value, bucket in zip(values, self.buckets)
+            value if kind.sparse else tf.cast(tf.convert_to_tensor(value), kind.compute)
+            for value, kind in zip(values, kinds)
         ]
 
     def _require_built(self) -> None:
@@ -338,7 +263,7 @@ class MasterWeights:
     ) -> contextlib.AbstractContextManager:
         """Binds each variable to its slice, and Keras state to given values."""
         tensors, updates, calls = {}, list(state), []
-        tables = {id(b.entries[0]) for b in self.buckets if b.sparse}
+        tables = {id(b.entries[0]) for b in self.buckets if b.kind.sparse}
         for entry, tensor in zip(self._order(), slices):
             if id(entry) in tables:
                 layer, = entry.owners
@@ -356,7 +281,7 @@ class MasterWeights:
         changed = self._binding.changed()
         if changed:
             raise errors.ConfigError(
-                f"the trainable variables changed since the weights were built: {changed}.",
+                f"the trainable variables are not those of `build`: {changed}.",
                 "Call `weights.rebuild()` after freezing or unfreezing layers.",
             )
 
@@ -412,11 +337,12 @@ class MasterWeights:
             variable that is not the model's.
         """
         local = tf.distribute.get_strategy().experimental_local_results
-        own = [bucket.variable for bucket in self.buckets if bucket.sparse]
+        own = [bucket.variable for bucket in self.buckets if bucket.kind.sparse]
         own += self._binding.frozen
         own_refs = {copy.ref() for variable in own for copy in local(variable)}
         own_refs |= {variable.ref() for variable in own}
-        strangers = [v.name for v in tape.watched_variables() if v.ref() not in own_refs]
+        watched = tape.watched_variables()
+        strangers = [v.name for v in watched if v.ref() not in own_refs]
         if strangers:
             raise errors.ConfigError(
                 f"the loss reads {strangers[0]!r}, a trainable variable outside the "
@@ -434,7 +360,7 @@ class MasterWeights:
                     "(layer.trainable = False) before the weights are built.",
                 )
         for bucket, gradient in zip(self.buckets, of_params):
-            if bucket.sparse and not isinstance(gradient, tf.IndexedSlices):
+            if bucket.kind.sparse and not isinstance(gradient, tf.IndexedSlices):
                 raise errors.ConfigError(
                     f"{bucket.entries[0].name!r} is updated row by row but also read "
                     "as a whole (tied weights?).",
@@ -447,7 +373,7 @@ class MasterWeights:
         """Writes the packed masters back into the model's variables."""
         self._require_built()
         for bucket in self.buckets:
-            if bucket.rows is not None:
+            if bucket.kind.packed:
                 for entry, value in zip(
                     bucket.entries, bucket.split(tf.convert_to_tensor(bucket.variable))
                 ):
@@ -458,7 +384,6 @@ class MasterWeights:
         """Reads the packed masters from the model's variables: publish's inverse."""
         self._require_built()
         for bucket in self.buckets:
-            if bucket.rows is not None:
+            if bucket.kind.packed:
                 values = [entry.value for entry in bucket.entries]
                 bucket.variable.assign(bucket.join(values))
-

@@ -29,7 +29,7 @@ class Slots:
         self._buckets = buckets
         references = [
             bucket.variable
-            if bucket.rows is not None or bucket.entries[0].keras_variable is None
+            if bucket.kind.packed or bucket.entries[0].keras_variable is None
             else bucket.entries[0].keras_variable
             for bucket in buckets
         ]

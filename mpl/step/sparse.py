@@ -46,7 +46,7 @@ def problem(inner: keras.optimizers.Optimizer, bucket: Any) -> str | None:
     whole = {
         "momentum": getattr(inner, "momentum", 0.0),
         "amsgrad": getattr(inner, "amsgrad", False),
-        "weight decay": bucket.decay and inner.weight_decay,
+        "weight decay": bucket.kind.decay and inner.weight_decay,
         "a regularizer": bucket.entries[0].regularizer,
         "a constraint": bucket.entries[0].constraint,
     }

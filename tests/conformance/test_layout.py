@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "loop": set(),
     "step": {"precision"},
     "inference": {"distribute", "data", "precision", "record"},
-    "experiment": {"inference", "distribute", "data", "precision", "step", "loop", "record"},
+    "experiment": {"distribute", "data", "precision", "step", "loop", "record"}
+    | {"inference"},
     "launch": {"distribute", "data", "precision", "step", "loop", "record"}
     | {"experiment"},
 }

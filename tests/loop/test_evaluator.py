@@ -123,7 +123,7 @@ def test_says_when_there_are_fewer_batches_than_steps(monkeypatch):
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda *args: warnings.append(args))
     assert Mean(numbers(3)).evaluate(9) == {"total": 3.0}
-    assert warnings[0][0] % warnings[0][1:] == "The data ended after 3 of 9 steps."
+    assert warnings[0][0] % warnings[0][1:] == "The data gave 3 of 9 steps."
 
 
 @every_mode

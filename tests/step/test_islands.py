@@ -140,7 +140,8 @@ def test_embeddings_are_read_bit_for_bit(policy, table):
     model, weights = _embedding(policy, **TABLES[table])
     weights.build()
     bucket, = weights.buckets
-    assert bucket.sparse is (table == "sparse") and bucket.dtype == tf.float32
+    assert bucket.kind.sparse is (table == "sparse")
+    assert bucket.kind.compute == tf.float32
     param, = weights.cast()
     rows = tf.convert_to_tensor(bucket.split(param)[0])
     np.testing.assert_array_equal(rows, model.layers[0].embeddings.numpy())
@@ -185,4 +186,4 @@ def test_islands_share_no_bucket_with_compute_copies(pack_below):
         islands = {entry.name.rsplit("/", 1)[-1] in ("gamma", "beta")
                    or entry.name.startswith(model.layers[-1].path)
                    for entry in bucket.entries}
-        assert islands == {bucket.dtype == tf.float32}
+        assert islands == {bucket.kind.compute == tf.float32}

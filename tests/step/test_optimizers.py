@@ -140,7 +140,7 @@ def test_rules_that_look_at_shapes_equal_keras_bit_for_bit(name):
     model, expected = _model(), _model()
     gradients = _gradients(model)
     optimizer = _mpl(model, BY_SHAPE[name](), gradients)
-    assert all(bucket.rows is None for bucket in optimizer.weights.buckets)
+    assert all(not bucket.kind.packed for bucket in optimizer.weights.buckets)
     _keras(expected, BY_SHAPE[name](), gradients)
     _assert_same(model, expected)
 
@@ -163,7 +163,7 @@ def test_no_decay_equals_keras_exclusions():
     gradients = _gradients(model)
     optimizer = _mpl(model, optimizers.AdamW(weight_decay=0.1), gradients,
                      no_decay=["bias$", "norm/"])
-    assert sorted(bucket.decay for bucket in optimizer.weights.buckets) == [
+    assert sorted(bucket.kind.decay for bucket in optimizer.weights.buckets) == [
         False, True, True]
     inner = optimizers.AdamW(weight_decay=0.1)
     inner.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])

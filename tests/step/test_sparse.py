@@ -55,7 +55,7 @@ def test_with_every_row_touched_sparse_equals_dense(strategy_of, inner):
     assert set(batch["image"].flat) == set(range(ROWS))
     rows, dense = (_step(strategy_of(0), inner, sparse=named, clip_norm=0.1)
                    for named in (("table",), None))
-    assert [b.sparse for b in rows.weights.buckets] == [False, True]
+    assert [b.kind.sparse for b in rows.weights.buckets] == [False, True]
     for _ in range(3):
         rows(batch), dense(batch)
     for key, expected in dense.masters().items():
@@ -156,7 +156,7 @@ def test_a_large_table_costs_by_rows_touched(strategy_of, replicas, accumulate):
     step = _step(strategy_of(replicas), lambda: optimizers.Adam(), sparse=(),
                  make_model=lambda: _text_model(rows), clip_norm=1.0,
                  accumulate=accumulate)
-    assert [bucket.sparse for bucket in step.weights.buckets] == [False, True]
+    assert [bucket.kind.sparse for bucket in step.weights.buckets] == [False, True]
     concrete = step.concrete(_text_batch())
     graph = concrete.graph.as_graph_def(add_shapes=True)
     nodes = list(graph.node)
@@ -173,7 +173,7 @@ def test_size_decides_which_table_is_sparse(strategy_of):
     size = ROWS * WIDTH * 4
     for limit, expected in ((size, True), (size + 1, False)):
         step = _step(strategy_of(0), sparse=(), pack_below=limit)
-        assert any(bucket.sparse for bucket in step.weights.buckets) is expected
+        assert any(bucket.kind.sparse for bucket in step.weights.buckets) is expected
 
 
 @pytest.mark.parametrize("inner, embedding, why", [

@@ -1,0 +1,95 @@
+"""Variables that a step casts, reduces and updates as one."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from mpl.step import binding as binding_lib
+
+_ROW = 128  # elements; slices of a packed bucket begin on such a row
+_MAX_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What the variables of one bucket have in common.
+
+    Attributes:
+      master: dtype of the masters.
+      compute: what `MasterWeights.cast` casts them to.
+      decay: whether weight decay applies.
+      multiplier: factor on the learning rate.
+      packed: whether they lie in one buffer; else the bucket has one variable.
+      sparse: whether it is a table read row by row.
+    """
+
+    master: tf.DType
+    compute: tf.DType
+    decay: bool = True
+    multiplier: float = 1.0
+    packed: bool = False
+    sparse: bool = False
+
+
+class Bucket:
+    """Variables of one kind, and the variable that is their master.
+
+    Attributes:
+      kind, entries: its variables and what they have in common.
+      variable: the model's own variable, or a buffer `[rows, 128]` if packed.
+    """
+
+    def __init__(self, kind: Kind, entries: Sequence[binding_lib.ModelVariable]):
+        self.kind, self.entries = kind, list(entries)
+        self.variable = self.entries[0].value
+        self._shapes = [entry.value.shape for entry in self.entries]
+        self._rows = [-(-shape.num_elements() // _ROW) for shape in self._shapes]
+        if kind.packed:
+            buffer = self.join([entry.value for entry in self.entries])
+            self.variable = tf.Variable(buffer, trainable=False, name="bucket")
+
+    def split(self, packed: tf.Tensor | tf.Variable) -> list:
+        """Returns each entry's part of a tensor laid out like the bucket."""
+        if not self.kind.packed:
+            return [packed]
+        flat = [tf.reshape(part, [-1]) for part in tf.split(packed, self._rows)]
+        return [tf.reshape(part[:shape.num_elements()], shape)
+                for part, shape in zip(flat, self._shapes)]
+
+    def join(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Returns the tensor whose `split` is `values`."""
+        if not self.kind.packed:
+            return tf.convert_to_tensor(values[0])
+        padded = []
+        for value, rows, shape in zip(values, self._rows, self._shapes):
+            missing = rows * _ROW - shape.num_elements()
+            padded.append(tf.pad(tf.reshape(value, [-1]), [[0, missing]]))
+        return tf.reshape(tf.concat(padded, 0), [-1, _ROW])
+
+    def squares(self, gradient: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of squares of each entry's part, shape `[entries]`."""
+        squared = tf.square(gradient)
+        if not self.kind.packed:
+            return tf.reduce_sum(squared)[tf.newaxis]
+        segments = np.repeat(np.arange(len(self._rows)), self._rows).astype(np.int32)
+        # The unsorted form has a static result, which XLA asks for.
+        return tf.math.unsorted_segment_sum(
+            tf.reduce_sum(squared, axis=1), segments, len(self._rows))
+
+
+def buckets_of(
+    variables: Sequence[tuple[Kind, binding_lib.ModelVariable]],
+) -> list[Bucket]:
+    """Returns buckets of at most 32 MB where packed, in the order of `variables`."""
+    members: list[tuple[Kind, list[binding_lib.ModelVariable]]] = []
+    last: dict[Kind, list[binding_lib.ModelVariable]] = {}
+    for kind, entry in variables:
+        entries = last.get(kind, [])
+        size = sum(member.num_bytes for member in entries) + entry.num_bytes
+        if not (kind.packed and entries and size <= _MAX_BYTES):
+            last[kind] = entries = []
+            members.append((kind, entries))
+        entries.append(entry)
+    return [Bucket(kind, entries) for kind, entries in members]
