@@ -1,6 +1,7 @@
 """Predictions with an experiment's weights: here, and from a SavedModel."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def predictor(experiment: Any) -> Callable[[Mapping[str, np.ndarray]], Any]:
 
         def joined(*leaves: Any) -> np.ndarray:
             copies = [strategy.experimental_local_results(leaf) for leaf in leaves]
-            rows = np.concatenate([copy.numpy() for part in copies for copy in part])
+            rows = np.concatenate([each.numpy() for part in copies for each in part])
             return rows[: pipeline.num_examples]
 
         return tf.nest.map_structure(joined, *parts)
@@ -81,14 +82,14 @@ def twin_of(experiment: Any, policy: policy_lib.Policy | str) -> Any:
 
     It lives under no strategy; averages, where the run keeps them, are its weights.
     """
-    twin = type(experiment)()
-    twin.config, twin.strategy = experiment.config, tf.distribute.get_strategy()
+    twin = copy.copy(experiment)
+    twin.strategy = tf.distribute.get_strategy()
     twin.policy = policy_lib.get_policy(policy)
     twin.build()
     pairs = zip(tf.nest.flatten(twin.weights), tf.nest.flatten(experiment.optimizer))
     for new, optimizer in pairs:
         for variable, original in zip(new.untrained, optimizer.weights.untrained):
-            variable.assign(tf.convert_to_tensor(original))
+            variable.assign(tf.cast(original, variable.dtype))
         trained = optimizer.weights.by_key(optimizer.averages)
         for entry in new.entries:
             entry.value.assign(tf.cast(trained[entry.key], entry.value.dtype))

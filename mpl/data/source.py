@@ -1,5 +1,6 @@
 """Where examples come from. An example is a dict of arrays by name."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,8 @@ class ArraySource:
             and `tf.random`'s stateless functions, different for each batch.
 
     Raises:
-        ConfigError: no examples, lengths that differ, objects, a value that is not
-            finite, a weight that is not a float ≥ 0.
+        ConfigError: no examples, lengths that differ, objects other than strings, a
+            value that is not finite, a weight that is not a float ≥ 0.
     """
 
     def __init__(
@@ -117,12 +118,7 @@ def _check(arrays: Mapping[str, np.ndarray]) -> int:
     if not num_examples:
         raise ConfigError(*_EMPTY)
     for name, array in arrays.items():
-        if array.dtype.kind == "O":
-            raise ConfigError(
-                f"Array `{name}` holds Python objects.",
-                "Give numbers or strings of one dtype and one shape.",
-            )
-        dtype = tf.as_dtype(array.dtype)
+        dtype = _dtype(name, array)
         if dtype.is_floating or dtype.is_complex:
             record = _first(~np.isfinite(array))
             if record is not None:
@@ -133,6 +129,17 @@ def _check(arrays: Mapping[str, np.ndarray]) -> int:
         if name == "weight":
             _check_weight(array, dtype)
     return num_examples
+
+
+def _dtype(name: str, array: np.ndarray) -> tf.DType:
+    is_object = array.dtype.kind == "O"  # as TensorFlow gives strings to NumPy
+    with contextlib.suppress(TypeError):
+        if not is_object or all(isinstance(x, (str, bytes)) for x in array.flat):
+            return tf.as_dtype(array.dtype)
+    raise ConfigError(
+        f"Array `{name}` holds {'Python objects' if is_object else array.dtype}.",
+        "Give numbers or strings of one dtype and one shape.",
+    )
 
 
 def _check_weight(array: np.ndarray, dtype: tf.DType) -> None:

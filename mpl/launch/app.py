@@ -1,7 +1,6 @@
 """From an experiment class to a finished run: what ends every binary."""
 
 import contextlib
-import dataclasses
 import os
 import shlex
 import sys
@@ -75,6 +74,7 @@ def run_program(
             _exit(error, 2)
         absl_flags.FLAGS.mark_as_parsed()
         logging.get_absl_handler().addFilter(_is_ours_or_matters)
+        tf.get_logger().setLevel("WARNING")  # a note on every reduction
         return given
 
     def main(given: dict[str, Any]) -> None:
@@ -127,13 +127,12 @@ def execute(
         start: command that starts the program, for hints; None: in a notebook.
     """
     experiment, config_class = experiment_class(), experiment_class.Config or RunConfig
-    config, record = merged(config_class, defaults, given), None
+    config = merged(config_class, defaults, given)
+    record, facts = None, {}
     path = workdir.find_run(config, experiment.name)
     if path is not None:
-        record = workdir.read_flagfile(path)
-        config, changes = workdir.go_on(config_class, record, defaults, given)
-        for change in changes:
-            print(f"Changed since the run began: {change}")
+        record, facts = workdir.read_flagfile(path), workdir.read_facts(path)
+        config = workdir.go_on(config_class, record, defaults, given)
     check_before(experiment, config, path)
     with _eagerly(config.debug_eager):
         strategy = distribute.get_strategy(config.strategy, config.num_devices)
@@ -141,15 +140,11 @@ def execute(
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
         experiment.setup(config, strategy)
-        check_after(experiment, config)
-        if config.mode in TRAINING_MODES:
-            path = path or workdir.create(config.workdir, experiment.name)
-            chosen = config
-            if config.policy == "auto":
-                chosen = dataclasses.replace(config, policy=experiment.policy.name)
-            workdir.write_flagfile(path, chosen)
-        assert path is not None
-        return Session(experiment, path, start, record).go()
+        check_after(experiment, config, facts)
+        trains = config.mode in TRAINING_MODES
+        path = path or workdir.create(config.workdir, experiment.name)
+        with workdir.lock(path) if trains else contextlib.nullcontext():
+            return Session(experiment, path, start, record).go()
 
 
 def check_before(experiment: Experiment, config: RunConfig, path: str | None) -> None:
@@ -175,12 +170,16 @@ def check_before(experiment: Experiment, config: RunConfig, path: str | None) ->
         )
 
 
-def check_after(experiment: Experiment, config: RunConfig) -> None:
+def check_after(experiment: Experiment, config: RunConfig, facts: Mapping) -> None:
     """Checks, with the experiment set up, what training would find late.
 
     Raises:
-        ConfigError: intervals or evaluations do not go with the data.
+        ConfigError: intervals or evaluations do not go with the data, or the training
+            data are not those of the run that goes on, see `workdir.read_facts`.
     """
+    new = workdir.facts_of(experiment)
+    changes = [(name, facts.get(name, value), value, True) for name, value in new.items()]
+    workdir.accept(config, [workdir.Change(*c) for c in changes if c[1] != c[2]])
     intervals(config, experiment.train_steps, experiment.batches_per_epoch)
     names = metric_names(experiment) if "validation" in experiment.evaluators else []
     if config.mode in ("eval", "continuous_eval") and not names:

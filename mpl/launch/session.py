@@ -1,5 +1,6 @@
 """One run of an experiment that is set up: training, evaluation, export, prediction."""
 
+import dataclasses
 import io
 import os
 import shlex
@@ -13,6 +14,7 @@ import tensorflow as tf
 from mpl import loop
 from mpl.errors import CheckpointError, ConfigError
 from mpl.experiment import Experiment
+from mpl.launch import workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_early_stop
 from mpl.launch.option import written
@@ -163,7 +165,15 @@ class Session:
             ],
         )
         new = [variable.numpy() for variable in self.stopping.variables]
-        if controller.restore_checkpoint():
+        restored, config = controller.restore_checkpoint(), self.config
+        if config.policy == "auto":
+            config = dataclasses.replace(config, policy=self.experiment.policy.name)
+        # Not before: a run whose checkpoint does not fit keeps its flags.
+        workdir.write_flagfile(self.path, config, workdir.facts_of(self.experiment))
+        if self.config.early_stop:
+            metric, _, mode = parse_early_stop(self.config.early_stop)
+            print(f"Early stopping looks for the {mode}imum of validation {metric}")
+        if restored:
             print(f"Going on at step {self._step()} of {total} in {self.path}")
             if self._watches_anew:  # the best value is one of another metric
                 for variable, value in zip(self.stopping.variables, new):
@@ -220,7 +230,8 @@ class Session:
             tf.nest.flatten(self.experiment.predictor()(batch)),
         )
         largest = max(float(np.max(np.abs(a - b))) for a, b in pairs)
-        print(f"Exported to {path}; reloaded, its predictions differ by {largest:.1e}")
+        name = self.experiment.policy.name
+        print(f"Exported to {path} in float32, off training in {name} by {largest:.1e}")
         self._said = {"step": self._step()}
 
     def predict(self) -> None:
@@ -239,7 +250,9 @@ class Session:
 
     def command(self, **settings: Any) -> str:
         """Returns what to type to use this run's folder with these settings."""
-        settings = {"workdir": self.path, **settings}
+        settings = {"workdir": self.path, "mode": self.config.mode, **settings}
+        if settings["mode"] == type(self.config).mode:
+            del settings["mode"]
         if self._start is None:
             shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
             return f"mpl.run({type(self.experiment).__name__}, {shown})"

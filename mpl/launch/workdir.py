@@ -1,16 +1,20 @@
 """The folder of a run: where it is, the flags it began with, how it goes on."""
 
+import contextlib
 import datetime
+import fcntl
 import itertools
 import os
 import tempfile
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
 from mpl.errors import ConfigError
+from mpl.experiment import Experiment
 from mpl.launch.config import TRAINING_MODES, RunConfig, fields_of, merged
 from mpl.launch.option import read, written
 
@@ -30,7 +34,8 @@ def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None
         runs: folder of all runs whose folder is not given by hand.
 
     Raises:
-        ConfigError: the command needs a run, and there is none.
+        ConfigError: the command needs a run, and there is none, or the folder is one
+            of another experiment.
     """
     new = config.mode in TRAINING_MODES and not config.resume
     if config.workdir is None and new:
@@ -39,8 +44,15 @@ def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None
     if tf.io.gfile.exists(os.path.join(path, FLAGFILE)):
         if config.workdir is None and os.path.islink(path):
             path = os.path.join(os.path.dirname(path), os.readlink(path))
+        if (owner := read_facts(path).get("experiment", experiment)) != experiment:
+            raise ConfigError(
+                f"`workdir` ({path}) holds a run of {owner}, not of {experiment}.",
+                "Give another folder: --workdir=<folder>.",
+            )
         return path
     if new:
+        if tf.io.gfile.exists(os.path.join(path, "checkpoints")):
+            logging.warning("%s has checkpoints, but no %s to check", path, FLAGFILE)
         return None
     what = "`resume`" if config.mode in TRAINING_MODES else f"`mode` ({config.mode})"
     raise ConfigError(
@@ -115,12 +127,35 @@ def _unwritable(path: str, error: Exception) -> ConfigError:
     )
 
 
-def write_flagfile(workdir: str, config: RunConfig) -> str:
+def lock(workdir: str) -> contextlib.AbstractContextManager:
+    """Keeps others from training in the folder until it is closed or the process ends.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    if "://" in workdir:  # an object store has no locks
+        return contextlib.nullcontext()
+    file = open(os.path.join(workdir, "lock"), "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        cause = f"`workdir` ({workdir}) is in use by process {file.read()}."
+        raise ConfigError(cause, "Let it end, or use another --workdir.") from error
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    return file
+
+
+def write_flagfile(workdir: str, config: RunConfig, facts: Mapping = {}) -> str:
     """Writes all settings that make the run, and returns the file's path.
 
-    `--flagfile=` of it repeats the run in another folder.
+    `--flagfile=` of it repeats the run in another folder; `facts` are comments there.
     """
-    lines = [
+    lines = [f"# {name}: {fact}\n" for name, fact in facts.items()]
+    lines += [
         f"--{field.name}={written(getattr(config, field.name))}\n"
         for field in fields_of(type(config))
         if field.name not in PER_COMMAND
@@ -134,10 +169,26 @@ def write_flagfile(workdir: str, config: RunConfig) -> str:
 
 def read_flagfile(workdir: str) -> dict[str, str]:
     """Returns the texts that `write_flagfile` wrote, by name, `mode` excepted."""
+    pairs = _pairs(workdir, "--", "=")
+    return {name: text for name, text in pairs.items() if name != "mode"}
+
+
+def facts_of(experiment: Experiment) -> dict[str, str]:
+    """Returns what a flagfile says of an experiment beyond its flags, by name."""
+    examples = written(experiment.num_examples["train"])
+    return {"experiment": experiment.name, "training examples": examples}
+
+
+def read_facts(workdir: str) -> dict[str, str]:
+    """Returns the facts that `write_flagfile` wrote, by name."""
+    return _pairs(workdir, "# ", ": ")
+
+
+def _pairs(workdir: str, start: str, between: str) -> dict[str, str]:
     with tf.io.gfile.GFile(os.path.join(workdir, FLAGFILE)) as file:
         lines = [line.strip() for line in file.read().splitlines()]
-    pairs = [line[2:].partition("=") for line in lines if line.startswith("--")]
-    return {name: text for name, _, text in pairs if name != "mode"}
+    pairs = [line.split(between, 1) for line in lines if line.startswith(start)]
+    return {name.removeprefix(start): text for name, text in pairs}
 
 
 class Change(typing.NamedTuple):
@@ -157,8 +208,8 @@ def go_on(
     record: Mapping[str, str],
     defaults: Mapping[str, Any],
     given: Mapping[str, Any],
-) -> tuple[RunConfig, list[Change]]:
-    """Makes the config with which a run goes on.
+) -> RunConfig:
+    """Makes the config with which a run goes on, and prints what it changes.
 
     A setting that the command does not give keeps the run's own value. `policy=auto`
     too: the run has chosen, and another device must not choose anew.
@@ -170,11 +221,10 @@ def go_on(
         given: values that the command gives.
 
     Returns:
-        The config, and what differs from the record.
+        The config.
 
     Raises:
-        ConfigError: training would go on with other mathematics, and
-            `allow_changed_flags` is not set.
+        ConfigError: training would go on with other mathematics, see `accept`.
     """
     fields = {field.name: field for field in fields_of(config_class)}
     old = {name: read(fields[name], record[name]) for name in record if name in fields}
@@ -187,12 +237,23 @@ def go_on(
     ]
     gone = [n for n in record if n not in fields]
     changes += [Change(name, record[name], "(no such flag)", True) for name in gone]
-    matter = [str(change) for change in changes if change.math]
+    accept(config, changes)
+    return config
+
+
+def accept(config: RunConfig, changes: Sequence[Change]) -> None:
+    """Prints the changes with which a run goes on.
+
+    Raises:
+        ConfigError: one changes what training computes, and `allow_changed_flags` is
+            not set.
+    """
+    matter = "; ".join(str(change) for change in changes if change.math)
     if matter and config.mode in TRAINING_MODES and not config.allow_changed_flags:
         raise ConfigError(
-            f"Flags that change the mathematics differ from the run's: "
-            f"{'; '.join(matter)}.",
+            f"What changes the mathematics differs from the run's: {matter}.",
             "Leave them out to go on as before, add --allow_changed_flags to go on "
             "with them, or train in another --workdir.",
         )
-    return config, changes
+    for change in changes:
+        print(f"Changed since the run began: {change}")

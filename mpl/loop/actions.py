@@ -94,12 +94,10 @@ class NewBestMetric(tf.Module):
         """Returns the metric's value in an output."""
         if callable(self._metric):
             return float(self._metric(output))
-        is_whole = self._metric in output  # "a/b" itself, not "b" in "a"
-        names = [self._metric] if is_whole else self._metric.split("/")
+        split, _, name = self._metric.partition("/")
         try:
-            for name in names:
-                output = output[name]
-            return float(output)
+            is_there = self._metric in output  # else in the output of its set
+            return float(output[self._metric] if is_there else output[split][name])
         except (KeyError, TypeError):
             cause = f"`metric` ({self._metric}) is not in the output: {output!r}."
             remedy = "Name one that is, as `metric` or `set/metric`."

@@ -211,7 +211,8 @@ class Controller:
             The path restored; None when there is no checkpoint yet.
 
         Raises:
-            CheckpointError: The checkpoint does not hold these objects.
+            CheckpointError: The checkpoint does not hold these objects. (For a manager
+                of TensorFlow's: its AssertionError.)
         """
         manager = self._need("checkpoint_manager")
         with (self.strategy or tf.distribute.get_strategy()).scope():
@@ -253,7 +254,7 @@ class Controller:
             return not stops and (steps < 0 or step < steps)
 
         def due(interval: int | None) -> bool:
-            return bool(interval) and step % interval == 0
+            return bool(interval and step % interval == 0)
 
         for reporter in self.reporters:
             reporter.start(step, None if steps < 0 else steps)

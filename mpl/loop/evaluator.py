@@ -100,7 +100,7 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
     @property
     def steps_done(self) -> int:
         """How many steps the last `evaluate` made."""
-        return int(self._loop.done)
+        return int(self._loop.done.numpy())
 
     @property
     def eval_dataset(self) -> Any:

@@ -8,7 +8,6 @@ from absl import logging
 
 from mpl.errors import ConfigError
 
-
 _graph = tf.compat.v1.get_default_graph
 
 
@@ -79,7 +78,7 @@ class InnerLoop:
 
     Attributes:
         iterators: Where the next `run` goes on; None: it makes new ones.
-        done: How many steps the last `run` finished.
+        done: int64 variable, how many steps the last `run` finished.
         data_ended: Whether the last `run` ended because the data did.
         state: Of `reduce`.
     """
@@ -128,9 +127,9 @@ class InnerLoop:
         except (StopIteration, tf.errors.OutOfRangeError):
             self.data_ended = True
         self._warn_of_retrace()
-        if self.data_ended and int(self.done) == 0:
+        if self.data_ended and self.done.numpy() == 0:
             cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
-            raise EndOfDataError(cause, "Give data, repeated to train for longer.")
+            raise EndOfDataError(cause, "Give data; repeat them to train for longer.")
 
     def _run(self, iterators: Any, limit: tf.Tensor) -> None:
         done = tf.constant(0, tf.int64)
@@ -149,13 +148,13 @@ class InnerLoop:
     def _run_step(self, iterators: Any) -> Any:
         around = _graph() if tf.inside_function() else None
         each = zip(tf.nest.flatten(iterators), tf.nest.flatten(self._positions))
-        parts = [(iterator, position, around, []) for iterator, position in each]
+        parts: list = [(iterator, position, around, []) for iterator, position in each]
 
-        def step(waited_for: Any) -> Any:
+        def step(iterators_taken_from: Any) -> Any:
             views = [StepIterator(*part) for part in parts]
             return self._step(tf.nest.pack_sequence_as(iterators, views))
 
-        # Called with the iterators, it waits for what was taken from them.
+        # With the iterators as arguments, the call waits for what is taken from them.
         return (tf.function(step) if around else step)(iterators)
 
     def _warn_of_retrace(self) -> None:

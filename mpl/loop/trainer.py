@@ -120,7 +120,7 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     @property
     def steps_done(self) -> int:
         """How many steps the last `train` finished."""
-        return int(self._loop.done)
+        return int(self._loop.done.numpy())
 
     @property
     def data_ended(self) -> bool:

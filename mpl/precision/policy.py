@@ -176,14 +176,14 @@ def auto_policy(
     GPUs the oldest decides.
 
     Args:
-        devices: the devices to use; all that TensorFlow sees by default.
+        devices: the devices to use; those visible to TensorFlow by default.
         details: gives a GPU's details, with `compute_capability`.
         cpu_flags: the processor's flags; read from /proc/cpuinfo by default.
 
     Returns:
         The policy's name, and the reason in words.
     """
-    devices = tf.config.list_physical_devices() if devices is None else devices
+    devices = tf.config.get_visible_devices() if devices is None else devices
     if any(device.device_type == "TPU" for device in devices):
         return "mixed_bfloat16", "a TPU"
     gpus = [details(device) for device in devices if device.device_type == "GPU"]
@@ -222,8 +222,8 @@ def _parse(name: str) -> Policy:
             word = "bf16" if tf.config.list_physical_devices("TPU") else "f16"
         key, word = _KEYS.get(key, key), _SHORT.get(word, word)
         if key not in _KEYS.values() or key in words or word not in _SHORT.values():
-            part = part.removeprefix("params=")
-            raise ConfigError(f"`policy` ({name}) is not known: {part!r}.", _REMEDY)
+            where = f": {part!r}" if "=" in str(name) else ""
+            raise ConfigError(f"`policy` ({name}) is not known{where}.", _REMEDY)
         words[key] = word
     param = words.get("params", "float32")
     compute = words.get("compute", param)

@@ -113,7 +113,7 @@ class Checkpoints:
         """Gives every object its value in a checkpoint.
 
         Args:
-            path: what `save` returned; None: the latest checkpoint.
+            path: what `save` returned; None: the latest checkpoint that is not damaged.
 
         Returns:
             The path restored; None when there is no checkpoint yet.
@@ -123,9 +123,15 @@ class Checkpoints:
                 message names variables that are missing, unknown or of another shape,
                 and no object has changed.
         """
-        path = self.latest if path is None else path
-        if path is None:
+        if path is None and self.latest is None:
             return None
+        paths = self.paths() if path is None else [path]
+        while not self._reads(path := paths.pop(), is_last=not paths):
+            pass
+        return path
+
+    def _reads(self, path: str, is_last: bool) -> bool:
+        """Restores a checkpoint; says whether it could be read. The last one must."""
         if not _is_whole(path):
             cause = f"`{path}` is no whole checkpoint: a file is missing or damaged."
             raise CheckpointError(cause, "Give a path as `save` returns: ckpt-<step>.")
@@ -135,6 +141,9 @@ class Checkpoints:
                 self._checkpoint.restore(path).assert_consumed()
         except _UNREADABLE as error:
             cause = f"`{path}` cannot be read: {error}".partition("\n")[0]
+            if not is_last:
+                logging.warning("%s; taking the one before it", cause)
+                return False
             remedy = "Restore another checkpoint by its path, or delete this one."
             raise CheckpointError(cause, remedy) from error
         if differences:
@@ -142,7 +151,7 @@ class Checkpoints:
             remedy = "Use the settings it was written with, or another directory."
             named = "; ".join(differences[:8])
             raise CheckpointError(f"{cause}: {named}.", remedy)
-        return path
+        return True
 
     def resume(self) -> int:
         """Restores the latest checkpoint; returns its step, 0 when there is none."""

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import tensorflow as tf
 
 
 class MetricsWriter:
-    """Appends the figures of each report to a file, for programs to read.
+    """Adds the figures of each report to a file, for programs to read.
 
     A line holds `step`, `epoch` (steps ÷ batches per epoch), `split`, the values by
     name, `steps_per_sec` and `examples_per_sec`. What is not known, not measured or
-    not finite is null. A reporter of the loop.
+    not finite is null. Of each step and split the last line stays. A reporter of the
+    loop.
 
     Args:
         path: The file, made with its directory by the first line.
@@ -36,11 +37,14 @@ class MetricsWriter:
 
     def start(self, step: int, total_steps: int | None) -> None:
         """Deletes the lines of later steps, which a run resumed at `step` redoes."""
-        if not tf.io.gfile.exists(self.path):
-            return
-        with tf.io.gfile.GFile(self.path) as file:
-            lines = file.read().splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
+        self._keep(lambda key: key[0] <= step)
+
+    def _keep(self, condition: Callable[[tuple[float, str]], bool]) -> None:
+        lines = []
+        if tf.io.gfile.exists(self.path):
+            with tf.io.gfile.GFile(self.path) as file:
+                lines = file.read().splitlines()
+        kept = [line for line in lines if condition(_key(line))]
         if kept != lines:
             with tf.io.gfile.GFile(f"{self.path}.tmp", "w") as file:
                 file.write("".join(f"{line}\n" for line in kept))
@@ -53,7 +57,8 @@ class MetricsWriter:
         self._write(step, "train", values, steps_per_sec)
 
     def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Writes the result of one evaluation."""
+        """Writes the result of one evaluation, in place of one at the same step."""
+        self._keep(lambda key: key != (step, split) and key[0] < math.inf)
         self._write(step, split, values, values.get("steps_per_sec"))
 
     def finish(self, step: int) -> None:
@@ -88,9 +93,10 @@ def _number(value: Any) -> float | int | None:
     return int(value) if isinstance(value, (int, np.integer)) else float(value)
 
 
-def _step_of(line: str) -> float:
-    """Returns the step of a line; infinity for one cut off when its writer died."""
+def _key(line: str) -> tuple[float, str]:
+    """Returns step and split; step infinity for a line whose writer died at it."""
     try:
-        return json.loads(line)["step"]
+        values = json.loads(line)
+        return values["step"], values["split"]
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, ""

@@ -4,10 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from mpl import errors
 from mpl.step import state as state_lib
+
+
+_RESERVED = frozenset(
+    "loss step epoch split steps_per_sec examples_per_sec loss_scale applied_steps "
+    "skipped_steps grad_norm learning_rate".split())
 
 
 class Metrics(tf.Module):
@@ -22,9 +28,9 @@ class Metrics(tf.Module):
     def __init__(self, metrics: Mapping[str, keras.metrics.Metric] | None = None):
         super().__init__(name="metrics")
         self.metrics = dict(metrics or {})
-        if "loss" in self.metrics:
+        for name in _RESERVED.intersection(self.metrics):
             raise errors.ConfigError(
-                "`metrics()` names a metric 'loss', which mpl reports itself.",
+                f"`metrics()` names a metric {name!r}, which mpl reports itself.",
                 "Give the metric another name.",
             )
         self.loss = keras.metrics.Mean("loss")
@@ -40,8 +46,7 @@ class Metrics(tf.Module):
           forward: the training step's, after `apply`; None in evaluation.
         """
         losses = tf.convert_to_tensor(output.per_example)
-        weights = tf.ones_like(losses) if output.weights is None else output.weights
-        weights = tf.cast(weights, losses.dtype)
+        weights = tf.cast(output.weights, losses.dtype)
         if forward is not None:
             keep = forward.finite
             losses, weights = _if_finite(keep, losses), _if_finite(keep, weights)
@@ -66,11 +71,11 @@ class Metrics(tf.Module):
             metric.update_state(*values, sample_weight=weights)
 
     def result(self) -> dict[str, tf.Tensor]:
-        """Returns the values since the last reset by name; "loss" comes first."""
-        results = {"loss": self.loss.result()}
-        for name, metric in self.metrics.items():
-            results[name] = metric.result()
-        return results
+        """Returns the values since the last reset by name, "loss" first; NaN of none."""
+        named = {"loss": self.loss, **self.metrics}
+        results = {name: metric.result() for name, metric in named.items()}
+        seen = self.loss.count > 0  # Keras says 0.0 of nothing
+        return {n: tf.where(seen, value, np.nan) for n, value in results.items()}
 
     def reset(self) -> None:
         """Begins anew."""

@@ -13,14 +13,14 @@ class LossOutput(typing.NamedTuple):
 
     Attributes:
       per_example: float32 `[batch, ...]`, one loss for each example (or token).
-      weights: float32, the shape of `per_example`: how much each counts; 0 for
-        padding. None: all ones.
+      weights: float32, the shape of `per_example`: how much each counts, with 0 for
+        padding; `batch["weight"]` in an experiment.
       outputs: what metrics read: `(labels, predictions)` for every metric, or a dict
         from metric name to such a tuple. Floating leaves are float32.
     """
 
     per_example: tf.Tensor
-    weights: tf.Tensor | None = None
+    weights: tf.Tensor
     outputs: typing.Any = None
 
 
@@ -61,6 +61,11 @@ def weighted_sums(output: LossOutput) -> tuple[tf.Tensor, tf.Tensor]:
       ConfigError: if the loss is a scalar or in 16 bits, the weights have another
         shape, or `outputs` holds 16-bit floats.
     """
+    if not isinstance(output, LossOutput):
+        raise errors.ConfigError(
+            f"the loss is a {type(output).__name__}; it must be an mpl.LossOutput.",
+            "Return mpl.LossOutput(losses, weights, (labels, predictions)).",
+        )
     losses = tf.convert_to_tensor(output.per_example)
     if losses.shape.rank == 0:
         raise errors.ConfigError(
@@ -74,15 +79,17 @@ def weighted_sums(output: LossOutput) -> tuple[tf.Tensor, tf.Tensor]:
         if tf.is_tensor(leaf):
             _require_full_precision("outputs", leaf)
     if output.weights is None:
-        weights = tf.ones_like(losses)
-    else:
-        weights = tf.cast(output.weights, losses.dtype)
-        if not weights.shape.is_compatible_with(losses.shape):
-            raise errors.ConfigError(
-                f"`weights` has shape {weights.shape}, `per_example` {losses.shape}; "
-                "the two must be the same.",
-                "Give one weight for each loss, or None for all ones.",
-            )
+        raise errors.ConfigError(
+            "`weights` of the loss is None; records that fill up a batch would count.",
+            "Pass batch['weight'], or tf.ones_like(losses) in a loop of your own.",
+        )
+    weights = tf.cast(output.weights, losses.dtype)
+    if not weights.shape.is_compatible_with(losses.shape):
+        raise errors.ConfigError(
+            f"`weights` has shape {weights.shape}, `per_example` {losses.shape}; "
+            "the two must be the same.",
+            "Give one weight for each loss.",
+        )
     return tf.reduce_sum(losses * weights), tf.reduce_sum(weights)
 
 

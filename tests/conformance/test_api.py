@@ -32,7 +32,7 @@ SIGNATURES = {
     "EverySteps": "action, interval, global_step",
     "Experiment": "",
     "ExportSavedModel": "export, directory, *global_step, *max_to_keep=",
-    "LossOutput": "per_example, weights=, outputs=",
+    "LossOutput": "per_example, weights, outputs=",
     "LossScaleOptimizer": (
         "inner, loss_scale=, weights=, *clip_norm=, *ema_decay=, "
         "*nominal_weight=, *reduce_dtype="

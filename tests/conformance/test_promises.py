@@ -18,7 +18,7 @@ POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 def prepared(kind, strategy, **overrides):
     """Returns an experiment that is set up."""
     experiment = kind()
-    experiment.setup(kind.Config(**overrides), strategy)
+    experiment.setup((kind.Config or mpl.RunConfig)(**overrides), strategy)
     return experiment
 
 
@@ -210,3 +210,54 @@ def test_fresh_metrics_and_config_are_needed():
     with pytest.raises(mpl.ConfigError, match="'loss'"):
         from mpl.step.metrics import Metrics
         Metrics({"loss": keras.metrics.Mean()})
+
+
+def test_an_export_knows_what_the_data_told_the_model(strategy_of, tmp_path):
+    class FromData(digits.Digits):
+        def build_data(self, split, context):
+            self.classes = 10
+            return super().build_data(split, context)
+
+        def build_model(self):
+            assert self.classes == 10
+            return super().build_model()
+
+    experiment = prepared(FromData, strategy_of(1), policy="float32", hidden=8)
+    assert experiment.export(str(tmp_path / "export"))
+
+
+@pytest.mark.parametrize("policy", ["float64", "bfloat16"])
+def test_batch_statistics_of_any_dtype_export(policy, strategy_of, tmp_path):
+    class Normalised(digits.Digits):
+        def build_model(self):
+            return keras.Sequential([
+                keras.Input((8, 8, 1)), keras.layers.Flatten(),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(10), keras.layers.Activation("linear"),
+            ])
+
+        def loss(self, batch, training):
+            logits = mpl.cast_floating(self.model(
+                batch["image"], training=training), tf.float32)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                batch["label"], logits)
+            return mpl.LossOutput(losses, batch["weight"], (batch["label"], logits))
+
+    experiment = prepared(Normalised, strategy_of(1), policy=policy)
+    experiment.trainer.train(2)
+    got = mpl.load_predictor(experiment.export(str(tmp_path / "export")))(
+        {"image": digits.digits.load("test")["image"][:8]})
+    assert got.shape == (8, 10) and np.isfinite(got).all()
+
+
+def test_nothing_counted_is_reported_as_nan(strategy_of):
+    experiment = prepared(digits.Digits, strategy_of(1), policy="float32", hidden=8)
+    assert np.isnan(experiment.train_report()["loss"])
+    experiment.trainer.train(1)
+    assert np.isfinite(experiment.train_report()["accuracy"])
+
+
+def test_a_research_file_is_short():
+    from test_layout import ROOT, _code_lines
+    assert _code_lines(ROOT / "experiments" / "digits.py") <= 40
+    assert _code_lines(ROOT / "experiments" / "gan_digits.py") <= 60

@@ -6,7 +6,7 @@ import sys
 
 import mpl
 from mpl.launch.config import RunConfig, fields_of
-from mpl.launch.option import written
+from mpl.launch.option import rule, written
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ def flag_table() -> str:
         metadata = field.metadata
         words = metadata["help"].replace("|", "\\|")
         if metadata["choices"]:
-            words += f" ({', '.join(metadata['choices'])})"
+            words += f" ({rule(field)})"
         rows.append(f"| `--{field.name}` | {written(field.default)} | {words} |")
     return "\n".join(rows)
 

@@ -88,7 +88,8 @@ def test_test_does_not_keep_the_best():
 
 
 def test_a_metric_of_one_evaluation_set_and_a_wrong_name():
-    output = {"validation": {"accuracy": 0.5}, "a/b": 2.0}
+    output = {"validation": {"accuracy": 0.5, "a/b": 3.0}, "a/b": 2.0}
+    assert NewBestMetric("validation/a/b").metric_value(output) == 3.0
     assert NewBestMetric("validation/accuracy").metric_value(output) == 0.5
     assert NewBestMetric("a/b").metric_value(output) == 2.0
     with pytest.raises(ConfigError, match="`metric` .test/accuracy. is not in"):
@@ -156,12 +157,12 @@ def test_export_keeps_the_last_versions_whole(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: EverySteps(print, 0, None), "`interval` .0. must be a whole number, 1 or more"),
+        (lambda: EverySteps(print, 0, None), "`interval` .0. must be a whole number"),
         (lambda: NewBestMetric("x", "best"), "`mode` .best. must be max or min"),
-        (lambda: EarlyStopping("x", 0), "`patience` .0. must be a whole number, 1 or more"),
+        (lambda: EarlyStopping("x", 0), "`patience` .0. must be a whole number"),
         (
             lambda: ExportSavedModel(print, "x", global_step=None, max_to_keep=0),
-            "`max_to_keep` .0. must be a whole number, 1 or more",
+            "`max_to_keep` .0. must be a whole number",
         ),
     ],
 )

@@ -152,8 +152,8 @@ MODELS = {
 
 def _loss(model, x, y):
     logits = model(x, training=True)
-    return state.LossOutput(
-        tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
+    return state.LossOutput(losses, tf.ones_like(losses))
 
 
 def _data(batch=16):
@@ -319,7 +319,7 @@ def test_a_trainable_variable_outside_the_model_is_named():
     stranger = tf.Variable(2.0, name="stranger")
     with pytest.raises(errors.ConfigError, match="'stranger:0', a trainable variable"):
         _refused(_sequential, lambda model, x, y: state.LossOutput(
-            _loss(model, x, y).per_example * stranger))
+            _loss(model, x, y).per_example * stranger, tf.ones(len(y))))
 
 
 def test_unseeded_random_is_named():
@@ -366,10 +366,15 @@ def test_sixteen_bit_logits_and_scalar_losses_are_refused():
         _refused(_bfloat16_sequential, policy="mixed_bfloat16",
                  call=lambda model, x, y: state.LossOutput(
                      keras.losses.sparse_categorical_crossentropy(
-                         y, model(x), from_logits=True)))
+                         y, model(x), from_logits=True), tf.ones(len(y))))
     with pytest.raises(errors.ConfigError, match="scalar"):
         _refused(_sequential, lambda model, x, y: state.LossOutput(
-            tf.reduce_mean(_loss(model, x, y).per_example)))
+            tf.reduce_mean(_loss(model, x, y).per_example), 1.0))
+    with pytest.raises(errors.ConfigError, match="(?s)None.*batch..weight"):
+        _refused(_sequential, lambda model, x, y: _loss(model, x, y)._replace(
+            weights=None))
+    with pytest.raises(errors.ConfigError, match="must be an mpl.LossOutput"):
+        _refused(_sequential, lambda model, x, y: _loss(model, x, y).per_example)
 
 
 def _bfloat16_sequential():

@@ -166,7 +166,8 @@ def test_a_thousand_repeated_ids_are_summed_in_float32(policy, table):
             with weights.bound(params) as forward:
                 output = tf.cast(model(tf.fill((1000, 1), 5)), tf.float32)
             scaled = optimizer.scale_loss(
-                state.LossOutput(output[:, 0, 0]), forward)
+                state.LossOutput(
+                    output[:, 0, 0], tf.ones_like(output[:, 0, 0])), forward)
         optimizer.apply(weights.gradients(tape, scaled, forward), forward)
 
     before = model.layers[0].embeddings.numpy()

@@ -206,7 +206,8 @@ def test_seeds_go_on_from_one_micro_batch_to_the_next(strategy_of):
                 tape.watch(params)
                 with weights.bound(params, carried) as forward:
                     y = model(x, training=True)
-                    output = state.LossOutput(tf.reduce_sum(y, 1), None, y)
+                    output = state.LossOutput(
+                        tf.reduce_sum(y, 1), tf.ones_like(y[:, 0]), y)
                     scaled = optimizer.scale_loss(output, forward)
             return weights.gradients(tape, scaled, forward), forward, output
         return forward
