@@ -320,11 +320,8 @@ class _Trainer(trainer_lib.Trainer):
     """Runs an experiment's `train_step`."""
 
     def __init__(self, experiment: Experiment):
-        options = trainer_lib.TrainerOptions(
-            use_tf_function=not experiment.config.debug_eager,
-            use_tf_while_loop=not experiment.config.debug_eager,
-        )
-        super().__init__(options=options)
+        eager = experiment.config.debug_eager
+        super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
         self._experiment = experiment
 
     def make_train_dataset(self) -> Any:
@@ -371,10 +368,8 @@ class _Evaluator(evaluator_lib.Evaluator):
     """Runs an experiment's `eval_step` over one split."""
 
     def __init__(self, experiment: Experiment, split: str):
-        options = evaluator_lib.EvaluatorOptions(
-            use_tf_function=not experiment.config.debug_eager,
-            use_tf_while_loop=not experiment.config.debug_eager,
-        )
+        eager = experiment.config.debug_eager
+        options = evaluator_lib.EvaluatorOptions(use_tf_function=not eager)
         pipeline = experiment.pipelines[split]
         super().__init__(
             distribute.distribute_dataset(pipeline.dataset(), experiment.strategy),

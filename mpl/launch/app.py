@@ -178,8 +178,8 @@ def check_after(experiment: Experiment, config: RunConfig, facts: Mapping) -> No
             data are not those of the run that goes on, see `workdir.read_facts`.
     """
     new = workdir.facts_of(experiment)
-    changes = [(name, facts.get(name, value), value, True) for name, value in new.items()]
-    workdir.accept(config, [workdir.Change(*c) for c in changes if c[1] != c[2]])
+    changes = [workdir.Change(n, facts.get(n, new[n]), new[n], True) for n in new]
+    workdir.accept(config, [change for change in changes if change.old != change.new])
     intervals(config, experiment.train_steps, experiment.batches_per_epoch)
     names = metric_names(experiment) if "validation" in experiment.evaluators else []
     if config.mode in ("eval", "continuous_eval") and not names:

@@ -230,8 +230,10 @@ class Session:
             tf.nest.flatten(self.experiment.predictor()(batch)),
         )
         largest = max(float(np.max(np.abs(a - b))) for a, b in pairs)
-        name = self.experiment.policy.name
-        print(f"Exported to {path} in float32, off training in {name} by {largest:.1e}")
+        print(
+            f"Exported to {path}; float32 export against "
+            f"{self.experiment.policy.name} training: largest difference {largest:.1e}"
+        )
         self._said = {"step": self._step()}
 
     def predict(self) -> None:
@@ -250,9 +252,9 @@ class Session:
 
     def command(self, **settings: Any) -> str:
         """Returns what to type to use this run's folder with these settings."""
-        settings = {"workdir": self.path, "mode": self.config.mode, **settings}
-        if settings["mode"] == type(self.config).mode:
-            del settings["mode"]
+        mode, default = self.config.mode, type(self.config).mode
+        same = {} if mode == default else {"mode": mode}
+        settings = {"workdir": self.path, **same, **settings}
         if self._start is None:
             shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
             return f"mpl.run({type(self.experiment).__name__}, {shown})"

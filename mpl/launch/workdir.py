@@ -187,8 +187,8 @@ def read_facts(workdir: str) -> dict[str, str]:
 def _pairs(workdir: str, start: str, between: str) -> dict[str, str]:
     with tf.io.gfile.GFile(os.path.join(workdir, FLAGFILE)) as file:
         lines = [line.strip() for line in file.read().splitlines()]
-    pairs = [line.split(between, 1) for line in lines if line.startswith(start)]
-    return {name.removeprefix(start): text for name, text in pairs}
+    pairs = [line.partition(between) for line in lines if line.startswith(start)]
+    return {name.removeprefix(start): text for name, _, text in pairs}
 
 
 class Change(typing.NamedTuple):

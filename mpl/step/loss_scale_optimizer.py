@@ -141,7 +141,7 @@ class LossScaleOptimizer(tf.Module):
         self.buckets = buckets
         for bucket in buckets:
             if bucket.kind.sparse:
-                sparse_lib.check_rule(self.inner, bucket)
+                sparse_lib.check_rule(self.inner, bucket, self.ema_decay)
         self._slots = slots_lib.Slots(self.inner, buckets)
         if self.ema_decay is not None:
             self.averages = [

@@ -93,6 +93,11 @@ class MasterWeights:
                     )
         extended = tf.distribute.get_strategy().extended
         for entry in self.entries:
+            if getattr(entry.keras_variable, "overwrite_with_gradient", False):
+                raise errors.ConfigError(
+                    f"`{entry.name}` is state that its gradient overwrites (float8).",
+                    "Train the layer without quantization.",
+                )
             if not extended.variable_created_in_scope(entry.value):
                 raise errors.ConfigError(
                     f"`{entry.name}` was created outside the current strategy "

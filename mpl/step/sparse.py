@@ -54,14 +54,18 @@ def problem(inner: keras.optimizers.Optimizer, bucket: Any) -> str | None:
     return f"{used[0]} would have to move every row" if used else None
 
 
-def check_rule(inner: keras.optimizers.Optimizer, bucket: Any) -> None:
+def check_rule(
+    inner: keras.optimizers.Optimizer, bucket: Any, ema_decay: float | None
+) -> None:
     """Raises ConfigError if `inner` has no rule for the rows of a table."""
     why = problem(inner, bucket)
+    if ema_decay is not None:
+        why = "ema_decay would have to move every row"
     if why:
         raise errors.ConfigError(
             f"the table {bucket.entries[0].name!r} is updated row by row, but {why}.",
             "Use SGD without momentum, Adagrad, Adam or AdamW, exclude the table from "
-            "decay (`no_decay`), or pass `sparse=None` to MasterWeights.",
+            "decay (`no_decay`) and averages, or pass `sparse=None` to MasterWeights.",
         )
 
 

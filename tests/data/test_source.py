@@ -16,6 +16,20 @@ def test_gather_returns_the_examples_at_the_index():
     assert source.num_examples == 3
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        np.array(["a", "bc"]),
+        np.array([b"a", b"bc"]),
+        np.array(["a", "bc"], object),
+        np.array([b"a", b"bc"], object),  # as `as_numpy_iterator` gives them
+    ],
+)
+def test_strings_of_any_kind(texts):
+    batch = ArraySource({"text": texts}).gather(tf.constant([1, 0], tf.int64))
+    assert batch["text"].numpy().tolist() == [b"bc", b"a"]
+
+
 def _with(index, value, dtype=np.float32):
     array = np.ones([4, 3], dtype)
     array[index] = value
@@ -30,6 +44,8 @@ def _with(index, value, dtype=np.float32):
         ({"x": np.zeros(3), "y": np.zeros(4)}, r"same number .*'x': 3, 'y': 4"),
         ({"x": np.float32(1)}, "same number of examples"),
         ({"x": np.array([{}, None])}, "`x` holds Python objects"),
+        ({"x": np.array(["a", None], object)}, "`x` holds Python objects"),
+        ({"x": np.zeros(3, "datetime64[s]")}, r"`x` holds datetime64\[s\]"),
         ({"x": _with((2, 1), np.nan)}, "`x` has a NaN or an infinity in record 2"),
         ({"x": _with((3, 0), np.inf)}, "`x` has a NaN or an infinity in record 3"),
         (

@@ -39,6 +39,7 @@ def fake(**settings):
     experiment.config = Config(**settings)
     experiment.evaluators = {"validation": None, "test": None}
     experiment.train_steps, experiment.batches_per_epoch = 20, 10
+    experiment.num_examples = {"train": 640}
     return experiment
 
 
@@ -159,15 +160,15 @@ def test_checks_before_anything_is_built(tmp_path):
 
 def test_checks_once_the_data_are_known():
     with pytest.raises(ConfigError, match="validation data: accuracy, loss"):
-        app.check_after(fake(), Config(early_stop="acuracy:1"))
-    app.check_after(fake(), Config(early_stop="loss:1"))
+        app.check_after(fake(), Config(early_stop="acuracy:1"), {})
+    app.check_after(fake(), Config(early_stop="loss:1"), {})
     blind = fake()
     del blind.evaluators["validation"]
     with pytest.raises(ConfigError, match="validation data: there are none"):
-        app.check_after(blind, Config(early_stop="loss:1"))
+        app.check_after(blind, Config(early_stop="loss:1"), {})
     with pytest.raises(ConfigError, match="`mode` .eval. needs validation data"):
-        app.check_after(blind, Config(mode="eval"))
-    app.check_after(blind, Config())
+        app.check_after(blind, Config(mode="eval"), {})
+    app.check_after(blind, Config(), {})
 
 
 class Recorded(Fake):
@@ -192,22 +193,51 @@ def sessions(monkeypatch):
             made.append(args)
 
         def go(self):
+            experiment, path = made[-1][:2]
+            if experiment.config.mode in app.TRAINING_MODES:  # as it does
+                facts = workdir.facts_of(experiment)
+                workdir.write_flagfile(path, experiment.config, facts)
             return {"test": {"accuracy": 1.0}}
 
     monkeypatch.setattr(app, "Session", Session)
     return made
 
 
-def test_a_new_run_records_its_flags_with_the_policy_chosen(sessions):
+def test_a_new_run_has_its_folder_and_flags(sessions):
     results = app.execute(Recorded, {"hidden": 7}, {"train_steps": 5}, "start")
     assert results == {"test": {"accuracy": 1.0}}
     experiment, path, start, record = sessions[0]
     assert (start, record) == ("start", None)
     assert os.path.samefile(path, "runs/recorded/latest")
     written = workdir.read_flagfile(path)
-    assert written["policy"] == "mixed_bfloat16" and written["hidden"] == "7"
+    assert written["hidden"] == "7"
     assert (written["train_steps"], written["train_epochs"]) == ("5", "none")
-    assert experiment.config.policy == "auto"
+
+
+def test_another_number_of_examples_needs_leave(monkeypatch, sessions, capsys):
+    app.execute(Recorded, {}, {"workdir": "w"})
+    monkeypatch.setattr(workdir, "facts_of", lambda _: {"training examples": "641"})
+    with pytest.raises(ConfigError, match="training examples 640 -> 641"):
+        app.execute(Recorded, {}, {"workdir": "w"})
+    app.execute(Recorded, {}, {"workdir": "w", "allow_changed_flags": True})
+    change = "Changed since the run began: training examples 640 -> 641"
+    assert change in capsys.readouterr().out
+
+
+def test_a_folder_in_use_is_refused_to_training_alone(sessions):
+    app.execute(Recorded, {}, {"workdir": "w"})
+    with workdir.lock("w"):
+        with pytest.raises(ConfigError, match="in use by process"):
+            app.execute(Recorded, {}, {"workdir": "w"})
+        app.execute(Recorded, {}, {"workdir": "w", "mode": "eval"})
+    app.execute(Recorded, {}, {"workdir": "w"})
+    assert len(sessions) == 3
+
+
+def test_a_program_leaves_out_notes_of_tensorflow(monkeypatch):
+    tf.get_logger().setLevel("INFO")
+    program(monkeypatch)
+    assert not tf.get_logger().isEnabledFor(20) and tf.get_logger().isEnabledFor(30)
 
 
 def test_nothing_is_written_when_the_set_up_fails(monkeypatch, sessions):

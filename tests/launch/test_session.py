@@ -152,7 +152,7 @@ def test_train_and_evaluate_then_every_other_mode(capsys):
 
     run(mode="export", output="model")
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == "line: step 9" and "its predictions differ by" in out[-2]
+    assert out[-1] == "line: step 9" and "float32 export against float32 training" in out[-2]
     assert float(out[-2].split()[-1]) < 1e-6 and tf.saved_model.contains_saved_model(
         "model"
     )
@@ -163,13 +163,18 @@ def test_going_on_is_the_same_as_never_stopping():
     run(workdir="whole", train_epochs=4)
     run(workdir="parts", train_epochs=2)
     run(workdir="parts", train_epochs=4)
+    with open("parts/metrics.jsonl", encoding="utf-8") as file:
+        before = len(file.readlines())
     run(workdir="parts", resume=True)  # complete: evaluates again
+    run(workdir="parts", mode="eval")
     logs = []
     for folder in ("whole", "parts"):
         with open(f"{folder}/metrics.jsonl", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
+        keys = [(r["split"], r["step"]) for r in rows]
+        assert len(set(keys)) == len(rows)
         logs.append({(r["split"], r["step"]): (r["loss"], r["accuracy"]) for r in rows})
-    assert logs[0].items() <= logs[1].items()
+    assert logs[0].items() <= logs[1].items() and len(rows) == before
     assert workdir.read_flagfile("parts")["train_epochs"] == "4"
 
 
@@ -178,7 +183,8 @@ def test_all_at_once(capsys):
     out = capsys.readouterr().out
     assert "Exported to" in out and "Predictions for 20 examples" in out
     assert sorted(os.listdir("runs/line/latest")) == [
-        "checkpoints", "export", "flagfile.txt", "metrics.jsonl", "predictions.npz",
+        "checkpoints", "export", "flagfile.txt", "lock", "metrics.jsonl",
+        "predictions.npz",
     ]  # fmt: skip
 
 
@@ -202,6 +208,7 @@ def test_early_stopping_ends_at_the_best_checkpoint(capsys):
     results = launch.run(Worse, **settings)
     out = capsys.readouterr().out
     # The first evaluation is the best one, two worse ones follow.
+    assert "Early stopping looks for the minimum of validation loss" in out
     assert "Best by validation: step 3, used from here on" in out
     assert "early_stop=None" in out
     assert results["test"]["loss"] < results["validation"]["loss"]
@@ -228,12 +235,63 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
         "Stopped at step 0; last checkpoint: w/checkpoints/ckpt-0",
         "Go on with: mpl.run(Line, workdir='w')",
     ]
+    with pytest.raises(KeyboardInterrupt):
+        run(workdir="w", mode="all")
+    hint = "Go on with: mpl.run(Line, workdir='w', mode='all')"
+    assert capsys.readouterr().err.splitlines()[-1] == hint
 
 
 def test_a_run_without_a_checkpoint_cannot_be_evaluated():
     workdir.write_flagfile(workdir.create("w", "line"), Config())
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         run(workdir="w", mode="eval")
+
+
+class Wide(Line):
+    """Has another layer; still named line."""
+
+    name = "line"
+
+    def build_model(self):
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+
+
+def test_a_refused_resume_leaves_the_flagfile_alone():
+    run(workdir="w", mode="train", train_steps=1, policy="auto")
+    with open("w/flagfile.txt", encoding="utf-8") as file:
+        before = file.read()
+    assert before.startswith("# experiment: line\n# training examples: 20\n")
+    assert workdir.read_flagfile("w")["policy"] != "auto"
+    with pytest.raises(CheckpointError, match="is of another model"):
+        launch.run(Wide, workdir="w", seed=1, allow_changed_flags=True)
+    with open("w/flagfile.txt", encoding="utf-8") as file:
+        assert file.read() == before
+
+
+class Words(Line):
+    """Reads strings."""
+
+    def build_data(self, split, context):
+        return {"x": np.array(["a", "bcd"] * 10), "y": Y}
+
+    def lengths(self, batch):
+        length = tf.strings.length(batch["x"])[:, None]
+        return {"x": tf.repeat(tf.cast(length, tf.float32), 3, axis=1)}
+
+    def loss(self, batch, training):
+        return super().loss({**batch, **self.lengths(batch)}, training)
+
+    def predict(self, batch):
+        return super().predict(self.lengths(batch))
+
+
+@pytest.mark.slow
+def test_strings_are_features_in_every_mode(capsys):
+    launch.run(Words, mode="all", train_steps=2)
+    np.savez("input.npz", x=np.array(["abc", "e"]))
+    launch.run(Words, mode="predict", input="input.npz")
+    out = capsys.readouterr().out
+    assert "Exported to" in out and "Predictions for 2 examples" in out
 
 
 def test_input_that_is_no_npz_file():
@@ -249,6 +307,7 @@ def test_commands_of_a_program_are_shell_words():
     line = Line()
     one = session.Session.__new__(session.Session)
     one.experiment, one.path, one._start = line, "my runs/1", "python -m line"
+    one.config = Config()
     assert one.command(mode="eval", early_stop=None) == (
         "python -m line '--workdir=my runs/1' --mode=eval --early_stop=none"
     )

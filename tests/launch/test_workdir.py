@@ -3,8 +3,11 @@
 import dataclasses
 import datetime
 import os
+import subprocess
+import sys
 
 import pytest
+from absl import logging
 
 from mpl.errors import ConfigError
 from mpl.launch import flags, workdir
@@ -64,6 +67,45 @@ def test_finding_a_run(tmp_path, runs):
     assert find(workdir=by_hand) == find(workdir=by_hand, mode="eval") == by_hand
 
 
+def test_a_run_of_another_experiment_is_refused_by_name(tmp_path):
+    path = str(tmp_path)
+    facts = {"experiment": "digits"}
+    workdir.write_flagfile(path, RunConfig(), facts)
+    assert workdir.read_facts(path) == facts
+    for mode in ("train", "eval"):
+        config = RunConfig(workdir=path, mode=mode)
+        assert workdir.find_run(config, "digits") == path
+        with pytest.raises(ConfigError, match="a run of digits, not of gan_digits"):
+            workdir.find_run(config, "gan_digits")
+
+
+def test_checkpoints_without_a_flagfile_warn(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *values: lines.append(text % values)
+    )
+    config = RunConfig(workdir=str(tmp_path))
+    assert workdir.find_run(config, "digits") is None and lines == []
+    (tmp_path / "checkpoints").mkdir()
+    assert workdir.find_run(config, "digits") is None
+    assert lines == [f"{tmp_path} has checkpoints, but no flagfile.txt to check"]
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    code = "import sys, mpl.launch.workdir as w; w.lock(sys.argv[1]); print('held')"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with workdir.lock(str(tmp_path)):
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+            workdir.lock(str(tmp_path))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        run = subprocess.run(command, capture_output=True, env=env, text=True)
+        assert f"in use by process {os.getpid()}" in run.stderr
+    run = subprocess.run(command, capture_output=True, env=env, text=True)
+    assert run.stdout == "held\n"  # and not let go
+    workdir.lock(str(tmp_path)).close()
+    assert workdir.lock("gs://bucket/run") is not None
+
+
 def test_an_unwritable_folder_is_refused_and_nothing_is_left(tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
@@ -87,7 +129,7 @@ def test_the_flagfile_repeats_the_run_without_its_folder(tmp_path):
         train_steps=7, hidden=3, learning_rate=1e-5, mode="predict", data_dir="d",
         workdir="x", resume=True, allow_changed_flags=True, input="i", output="o",
     ))  # fmt: skip
-    path = workdir.write_flagfile(str(tmp_path), config)
+    path = workdir.write_flagfile(str(tmp_path), config, {"experiment": "digits"})
     assert os.listdir(tmp_path) == ["flagfile.txt"]
     again = merged(Config, {}, flags.parse(Config, ["program", f"--flagfile={path}"]))
     assert again == dataclasses.replace(
@@ -101,19 +143,25 @@ def record_of(tmp_path, **settings):
     return workdir.read_flagfile(str(tmp_path))
 
 
-def test_going_on_keeps_what_the_command_does_not_give(tmp_path):
+def test_going_on_keeps_what_the_command_does_not_give(tmp_path, capsys):
     record = record_of(tmp_path, hidden=3, train_steps=7, policy="float32", mode="all")
     given = {"policy": "auto", "hidden": 3}
-    config, changes = workdir.go_on(Config, record, {"hidden": 5}, given)
+    config = workdir.go_on(Config, record, {"hidden": 5}, given)
     assert (config.hidden, config.train_steps, config.train_epochs) == (3, 7, None)
-    assert (config.policy, config.mode, changes) == ("float32", "train_and_eval", [])
+    assert (config.policy, config.mode) == ("float32", "train_and_eval")
+    assert capsys.readouterr().out == ""
 
 
-def test_changes_are_listed_and_those_of_the_mathematics_need_leave(tmp_path):
+def changes_in(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    return [line.removeprefix("Changed since the run began: ") for line in lines]
+
+
+def test_changes_are_listed_and_those_of_the_mathematics_need_leave(tmp_path, capsys):
     record = record_of(tmp_path, train_steps=7)
     given = {"train_steps": 9, "log_every_steps": 3}
-    config, changes = workdir.go_on(Config, record, {}, given)
-    assert [*map(str, changes)] == ["train_steps 7 -> 9", "log_every_steps none -> 3"]
+    config = workdir.go_on(Config, record, {}, given)
+    assert changes_in(capsys) == ["train_steps 7 -> 9", "log_every_steps none -> 3"]
     assert config.train_steps == 9
 
     given = {"seed": 1, "hidden": 2, "num_devices": 2}
@@ -121,12 +169,12 @@ def test_changes_are_listed_and_those_of_the_mathematics_need_leave(tmp_path):
         workdir.go_on(Config, record, {}, given)
     assert caught.value.cause.endswith("the run's: seed 0 -> 1; hidden 64 -> 2.")
     assert "--allow_changed_flags" in caught.value.remedy
-    config, changes = workdir.go_on(
-        Config, record, {}, {**given, "allow_changed_flags": True}
-    )
-    assert len(changes) == 3 and config.hidden == 2
-    config, changes = workdir.go_on(Config, record, {}, {**given, "mode": "eval"})
-    assert len(changes) == 3
+    given["allow_changed_flags"] = True
+    assert workdir.go_on(Config, record, {}, given).hidden == 2
+    assert len(changes_in(capsys)) == 3
+    given |= {"mode": "eval", "allow_changed_flags": False}
+    workdir.go_on(Config, record, {}, given)
+    assert len(changes_in(capsys)) == 3
 
 
 def test_the_length_matters_to_a_schedule(tmp_path):

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import logging
 
 from mpl.errors import CheckpointError, ConfigError
 from mpl.record.checkpoint import Checkpoints
@@ -284,6 +285,34 @@ def test_cut_off_files_are_an_error(checkpoints, step, ending, kept):
     os.truncate(file, int(kept * os.path.getsize(file)))
     with pytest.raises(CheckpointError, match="cannot be read|none of them is whole"):
         checkpoints.restore()
+
+
+def test_a_damaged_latest_gives_way_to_the_one_before(checkpoints, step, monkeypatch):
+    save_at(checkpoints, step, 10, 20, 30)
+    for number in (20, 30):
+        data = f"{checkpoints.directory}/ckpt-{number}.data-00000-of-00001"
+        os.truncate(data, 0)
+    lines = []
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *values: lines.append(text % values)
+    )
+    assert checkpoints.resume() == 10 and step.numpy() == 10
+    assert ["ckpt-30` cannot be" in lines[0], "ckpt-20` cannot be" in lines[1]] == [
+        True, True,
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match="ckpt-30` cannot be read"):
+        checkpoints.restore(os.path.join(checkpoints.directory, "ckpt-30"))
+    os.truncate(f"{checkpoints.directory}/ckpt-10.data-00000-of-00001", 0)
+    with pytest.raises(CheckpointError, match="ckpt-10` cannot be read"):
+        checkpoints.resume()
+
+
+def test_another_model_gives_way_to_nothing(tmp_path):
+    before = Checkpoints(tmp_path, model=model_of(3))
+    before.save(5)
+    Checkpoints(tmp_path, model=model_of(4)).save(6)
+    with pytest.raises(CheckpointError, match="ckpt-6` is of another model"):
+        before.resume()
 
 
 def test_changed_bytes_are_an_error(tmp_path):

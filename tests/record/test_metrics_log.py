@@ -105,6 +105,18 @@ def test_resume_drops_later_and_torn_lines(path, writer):
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
+def test_each_step_and_split_is_there_once(path, writer):
+    writer.train(10, {"loss": 3.0}, 1.0)
+    writer.evaluation(10, "validation", {"loss": 1.0})
+    writer.evaluation(10, "test", {"loss": 1.0})
+    again = MetricsWriter(path, global_batch_size=64, batches_per_epoch=20)
+    again.start(10, 10)  # a finished run: nothing is trained
+    again.evaluation(10, "validation", {"loss": 2.0})
+    again.evaluation(10, "test", {"loss": 2.0})
+    lines = [(line["split"], line["loss"]) for line in lines_of(path)]
+    assert lines == [("train", 3.0), ("validation", 2.0), ("test", 2.0)]
+
+
 def test_resume_leaves_a_good_file_alone(path, writer):
     writer.train(10, {"loss": 1.0}, 1.0)
     before = path.stat().st_mtime_ns, path.read_text()

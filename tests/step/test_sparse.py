@@ -189,6 +189,11 @@ def test_rules_that_move_every_row_are_refused(strategy_of, inner, embedding, wh
         _step(strategy_of(0), inner, make_model=lambda: _text_model(**embedding))
 
 
+def test_averages_of_a_sparse_table_are_refused(strategy_of):
+    with pytest.raises(errors.ConfigError, match="ema_decay would have to move every"):
+        _step(strategy_of(0), ema_decay=0.9)
+
+
 def test_only_embeddings_are_updated_row_by_row(strategy_of):
     with pytest.raises(errors.ConfigError, match="no keras.layers.Embedding's"):
         _step(strategy_of(0), sparse=["kernel"])
