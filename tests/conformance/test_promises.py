@@ -183,7 +183,9 @@ def test_every_experiment_runs_two_steps(kind, policy, replicas, strategy_of):
 
 @pytest.mark.slow
 def test_mixed_precision_costs_no_accuracy(strategy_of):
-    """Five seeds of digits: the mixed means lie within float32's spread."""
+    """Five seeds of digits: the mixed means lie within float32's spread, its mean ± 2
+    standard deviations (one test image is 0.0028).
+    """
     accuracy = {}
     for policy in POLICIES:
         for seed in range(5):
@@ -193,10 +195,10 @@ def test_mixed_precision_costs_no_accuracy(strategy_of):
             values = experiment.evaluators["test"].evaluate(-1)
             accuracy.setdefault(policy, []).append(float(values["accuracy"]))
     print({policy: (np.mean(values), values) for policy, values in accuracy.items()})
-    low, high = min(accuracy["float32"]), max(accuracy["float32"])
+    mean, spread = np.mean(accuracy["float32"]), np.std(accuracy["float32"], ddof=1)
     for policy in POLICIES[1:]:
-        assert low <= np.mean(accuracy[policy]) <= high, accuracy
-    assert np.mean(accuracy["float32"]) >= 0.98
+        assert abs(np.mean(accuracy[policy]) - mean) <= 2 * spread, accuracy
+    assert mean >= 0.98
 
 
 def test_fresh_metrics_and_config_are_needed():

@@ -1,6 +1,7 @@
 """The settings of a run: values, rules, defaults of a subclass, layers."""
 
 import dataclasses
+import inspect
 import pathlib
 import re
 
@@ -50,8 +51,8 @@ def test_defaults_of_a_subclass_and_its_own_fields():
 def test_a_config_is_frozen_and_describes_every_field():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().hidden = 2
-    attributes = RunConfig.__doc__.split("Attributes:")[1]
-    documented = re.findall(r"^        (\w+): ", attributes, re.MULTILINE)
+    attributes = inspect.getdoc(RunConfig).split("Attributes:")[1]
+    documented = re.findall(r"^    (\w+): ", attributes, re.MULTILINE)
     assert documented == [field.name for field in fields_of(RunConfig)]
 
 
