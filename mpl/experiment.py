@@ -211,6 +211,15 @@ class Experiment:
             layer for model in tf.nest.flatten(self.model)
             for layer in binding_lib.flatten_layers(model)])
         self.weights = tf.nest.map_structure(self.build_weights, self.model)
+        names = [e.name for w in tf.nest.flatten(self.weights) for e in w.entries]
+        values = [e.value for w in tf.nest.flatten(self.weights) for e in w.entries]
+        for number, value in enumerate(values):
+            if any(value is other for other in values[:number]):
+                raise errors.ConfigError(
+                    f"{names[number]!r} belongs to two of the models; each would train "
+                    "a copy of its own.",
+                    "Put the shared layers in one model, or make the two one model.",
+                )
 
     def _build_pipelines(self) -> None:
         config = self.config
@@ -280,9 +289,9 @@ class Experiment:
             weights.adopt()
         self.trainer.reset_iterator()
 
-    def train_report(self) -> dict[str, float]:
+    def train_report(self) -> dict[str, Any]:
         """Returns loss, metrics and the state of the optimizer since the last reset."""
-        report = {k: float(v) for k, v in self._train_metrics.result().items()}
+        report = self._train_metrics.result()
         first = tf.nest.flatten(self.optimizer)[0]
         report["loss_scale"] = float(self.loss_scale.value)
         for name in ("applied_steps", "skipped_steps"):
@@ -338,9 +347,12 @@ class _Trainer(trainer_lib.Trainer):
         self._experiment.train_step(iterator)
         self._experiment.global_step.assign_add(1)
 
-    def train_loop_end(self) -> None:
-        for weights in tf.nest.flatten(self._experiment.weights):
-            weights.publish()
+    def train(self, num_steps: Any = -1) -> Any:
+        try:
+            return super().train(num_steps)
+        finally:  # whatever ended the block, the model shows what was trained
+            for weights in tf.nest.flatten(self._experiment.weights):
+                weights.publish()
 
     def should_stop(self) -> tf.Tensor:
         limit = self._experiment.config.max_consecutive_skips
@@ -352,7 +364,7 @@ class _Trainer(trainer_lib.Trainer):
         reports = [optimizer.nonfinite_report() for optimizer in optimizers]
         return errors.NonFiniteError(
             f"At step {int(self._experiment.global_step)}: "
-            f"{next(filter(None, reports))}.",
+            f"{next(filter(None, reports), 'too many steps were skipped')}.",
             "Lower the learning rate, clip the gradient (--clip_norm=1), or train in "
             "--policy=mixed_bfloat16 or float32.",
         )

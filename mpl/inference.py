@@ -127,3 +127,16 @@ class _Read(dict):
     def __getitem__(self, name: str) -> Any:
         self.names.add(name)
         return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def keys(self) -> Any:
+        self.names.update(super().keys())
+        return super().keys()
+
+    def __iter__(self) -> Any:
+        return iter(self.keys())
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self.keys()]

@@ -30,6 +30,12 @@ class Conditional(tf.Module):
             for action in tf.nest.flatten(self.action):
                 action(output)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether one of the actions has `stopped`."""
+        actions = tf.nest.flatten(self.action)
+        return any(getattr(action, "stopped", False) for action in actions)
+
 
 class EverySteps(Conditional):
     """Calls actions once for each multiple of `interval` that `global_step` reaches.
@@ -41,6 +47,7 @@ class EverySteps(Conditional):
         super().__init__(self._is_due, action)
         require_positive(interval=interval)
         self._interval, self._global_step, self._last = interval, global_step, counter()
+        self._last.assign(global_step)
 
     def _is_due(self, output: Any) -> bool:
         step, last = int(self._global_step.numpy()), int(self._last.numpy())

@@ -86,8 +86,10 @@ class MetricsWriter:
             file.write(json.dumps({**first, **line}, allow_nan=False) + "\n")
 
 
-def _number(value: Any) -> float | int | None:
-    """Returns a scalar as JSON can say it: NaN and infinities become None."""
+def _number(value: Any) -> Any:
+    """Returns a number or array as JSON can say it: NaN and infinities become None."""
+    if np.ndim(value):
+        return [_number(item) for item in value]
     if value is None or not math.isfinite(value):
         return None
     return int(value) if isinstance(value, (int, np.integer)) else float(value)

@@ -120,7 +120,7 @@ def _joined(values: Mapping[str, Any]) -> str:
     shown = [
         f"{name} {float(value):.4g}"
         for name, value in values.items()
-        if name not in _OF_THE_STEP
+        if name not in _OF_THE_STEP and getattr(value, "shape", ()) == ()
     ]
     return "  ".join(shown)
 

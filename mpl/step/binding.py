@@ -98,6 +98,7 @@ class Binding:
                 self._loans.append((attributes, name))
         known = self.trainable + self.state
         self._known = {id(entry.keras_variable) for entry in known}
+        self._trained = {id(entry.keras_variable) for entry in self.trainable}
         if not self.trainable:
             raise errors.ConfigError(
                 f"`model` ({type(model).__name__}) has no trainable variable.",
@@ -160,7 +161,7 @@ class Binding:
         loans = [(home, name, _replaced(home[name], tensors)) for home, name in
                  self._loans]
         loans += [(vars(layer), "call", call) for layer, call in calls]
-        scope = _Scope(self._known)
+        scope = _Scope(self._known, self._trained)
         for update in updates:
             scope.state_mapping[id(update[0])] = update[1]
         with self._lend(loans), scope:
@@ -203,9 +204,9 @@ class _Scope(keras.StatelessScope):
     bound at a time; Keras alone would look into the innermost only.
     """
 
-    def __init__(self, known: set[int]):
+    def __init__(self, known: set[int], trainable: set[int]):
         super().__init__(collect_losses=True)
-        self._known = known
+        self._known, self._trainable = known, trainable
         self._graph = None if tf.executing_eagerly() else _graph()
 
     def __enter__(self) -> "_Scope":
@@ -223,8 +224,22 @@ class _Scope(keras.StatelessScope):
             return self._outer.get_current_value(variable)
         return value
 
+    def add_loss(self, loss: tf.Tensor) -> None:
+        if self._outer is not None:
+            raise errors.ConfigError(
+                f"{_calling_layer()} calls `add_loss` inside `mpl.remat` or while two "
+                "models are bound; whose loss it is cannot be told.",
+                "Return the term from the model and add it to the loss.",
+            )
+        super().add_loss(loss)
+
     def add_update(self, update: tuple[keras.Variable, tf.Tensor]) -> None:
         variable, value = update
+        if id(variable) in self._trainable:
+            raise errors.ConfigError(
+                f"{_calling_layer()} assigns {variable.path!r}, which is trained.",
+                "Compute what the layer needs from the weight without assigning it.",
+            )
         if id(variable) not in self._known and self._outer is not None:
             self._outer.add_update(update)
             return

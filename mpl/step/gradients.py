@@ -19,7 +19,8 @@ class Prepared:
       gradients: true float32 gradients, clipped, one a bucket.
       state: new non-trainable state, averaged over replicas; None where unwritten.
       snapshot: values to put back on a skip.
-      checks: floats `[n]`, each finite exactly if what it looks at is.
+      checks: floats `[n]`, each finite if what it looks at is; squares of gradients
+        above 1.8e19 are not.
       norm: global norm before clipping.
       active: whether any example had weight.
     """
@@ -104,6 +105,10 @@ def _prepare(
     summed = [
         _all_reduce(context, _cast(gradient, _wide(optimizer.reduce_dtype, bucket)))
         for gradient, bucket in zip(gradients, optimizer.buckets)
+    ]
+    summed = [
+        _cast(gradient, _wide(tf.float32, bucket))
+        for gradient, bucket in zip(summed, optimizer.buckets)
     ]
     sums, state = _reduce_scalars(context, optimizer, forward)
     wide = tf.float64 in [bucket.variable.dtype for bucket in optimizer.buckets]

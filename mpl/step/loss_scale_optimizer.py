@@ -304,7 +304,7 @@ class LossScaleOptimizer(tf.Module):
     def nonfinite_report(self) -> str | None:
         """Returns what was bad in the last skipped step; None if nothing here was."""
         _, row, position, is_nan = self._counts.numpy()
-        if position < 0:
+        if position < 0 or row == 0:
             return None
         name = self.check_names()[position]
         return (

@@ -371,7 +371,11 @@ class MasterWeights:
                     "as a whole (tied weights?).",
                     "Pass `sparse=None` to MasterWeights.",
                 )
-        return of_params
+        # A variable read with tf.gather has row gradients too.
+        return [
+            gradient if bucket.kind.sparse else tf.convert_to_tensor(gradient)
+            for gradient, bucket in zip(of_params, self.buckets)
+        ]
 
     @tf.autograph.experimental.do_not_convert
     def publish(self) -> None:

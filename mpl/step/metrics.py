@@ -71,11 +71,16 @@ class Metrics(tf.Module):
             metric.update_state(*values, sample_weight=weights)
 
     def result(self) -> dict[str, tf.Tensor]:
-        """Returns the values since the last reset by name, "loss" first; NaN of none."""
+        """Returns the values since the last reset, "loss" first; NaN of no example."""
         named = {"loss": self.loss, **self.metrics}
         results = {name: metric.result() for name, metric in named.items()}
         seen = self.loss.count > 0  # Keras says 0.0 of nothing
-        return {n: tf.where(seen, value, np.nan) for n, value in results.items()}
+
+        def or_nan(value: Any) -> tf.Tensor:
+            value = tf.convert_to_tensor(value)
+            return tf.where(seen, value, np.nan) if value.dtype.is_floating else value
+
+        return tf.nest.map_structure(or_nan, results)
 
     def reset(self) -> None:
         """Begins anew."""

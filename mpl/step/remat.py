@@ -9,8 +9,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from mpl import errors
-
 # MirroredStrategy traces each replica on its own thread, so bindings are per thread.
 _thread = threading.local()
 
@@ -35,7 +33,9 @@ def remat(function: Callable) -> Callable:
 
     Args:
       function: a function of tensors that returns tensors, or a Keras layer; a layer
-        comes back wrapped as a layer, fit for functional models.
+        comes back wrapped as a layer, fit for functional models. Tensors reach it as
+        arguments: one it closes over would have no gradient. Outside of `bound` it is
+        called as it is.
 
     Raises:
       ConfigError: if the function calls `add_loss`, whose value would have no gradient.
@@ -52,27 +52,27 @@ def remat(function: Callable) -> Callable:
             return function(*args, **kwargs)
         before = [_written(weights, scope) for weights, scope, _ in bindings]
 
-        flat_args = tf.nest.flatten(args)
-        slices = [[x for x in own if tf.is_tensor(x)] for _, _, own in bindings]
-        inputs = [tf.convert_to_tensor(x) for x in tf.nest.flatten((flat_args, slices))]
+        nest = (args, kwargs, [list(own) for _, _, own in bindings])
+        flat = tf.nest.flatten(nest)
+        # Not variables: a table that is read row by row stays what it is.
+        places = [n for n, x in enumerate(flat)
+                  if tf.is_tensor(x) and not isinstance(x, tf.Variable)]
         after: list[list] = []
 
         # One trace serves both passes: in the backward pass Keras would no longer know
         # whether it is training.
         @tf.function
         def rebound(*inputs: tf.Tensor) -> Any:
-            own_args, own_slices = tf.nest.pack_sequence_as((args, slices), inputs)
+            given = list(flat)
+            for place, value in zip(places, inputs):
+                given[place] = value
+            own_args, own_kwargs, own_slices = tf.nest.pack_sequence_as(nest, given)
             with contextlib.ExitStack() as stack:
                 scopes = [
                     stack.enter_context(weights.rebound(own, state))
                     for (weights, _, _), own, state in zip(bindings, own_slices, before)
                 ]
-                outputs = function(*own_args, **kwargs)
-            if any(scope.losses for scope in scopes):
-                raise errors.ConfigError(
-                    "`add_loss` was called inside `mpl.remat`.",
-                    "Add the loss outside the part that is recomputed.",
-                )
+                outputs = function(*own_args, **own_kwargs)
             after[:] = [_written(w, s) for (w, _, _), s in zip(bindings, scopes)]
             return outputs, [[value for _, value in state] for state in after]
 
@@ -100,7 +100,7 @@ def remat(function: Callable) -> Callable:
 
             return outputs, backward
 
-        outputs = forward(*inputs)
+        outputs = forward(*[flat[place] for place in places])
         for (_, scope, _), state, values in zip(bindings, after, states):
             for (variable, _), value in zip(state, values):
                 scope.add_update((variable, value))

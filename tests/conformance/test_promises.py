@@ -263,3 +263,69 @@ def test_a_research_file_is_short():
     from test_layout import ROOT, _code_lines
     assert _code_lines(ROOT / "experiments" / "digits.py") <= 40
     assert _code_lines(ROOT / "experiments" / "gan_digits.py") <= 60
+
+
+def test_models_that_share_a_weight_are_refused(strategy_of):
+    class Sharing(gan_digits.GanDigits):
+        def build_model(self):
+            shared = keras.layers.Dense(4)
+            return {name: keras.Sequential([keras.Input((4,)), shared])
+                    for name in ("generator", "discriminator")}
+
+    with pytest.raises(mpl.ConfigError, match="belongs to two of the models"):
+        prepared(Sharing, strategy_of(1))
+
+
+def test_a_block_that_fails_leaves_what_it_trained(strategy_of):
+    class Broken(digits.Digits):
+        def build_data(self, split, context):
+            arrays = super().build_data(split, context)
+            rows = tf.data.Dataset.from_tensor_slices(arrays)
+            bad = rows.take(1).map(self.fail)
+            return mpl.DatasetSource(rows.take(192).concatenate(bad), 1257)
+
+        def fail(self, record):
+            check = tf.debugging.Assert(record["label"] < 0, ["bad record"])
+            with tf.control_dependencies([check]):
+                return {**record, "label": tf.identity(record["label"])}
+
+    experiment = prepared(Broken, strategy_of(1), hidden=8, policy="float32")
+    with pytest.raises(tf.errors.InvalidArgumentError, match="bad record"):
+        experiment.trainer.train(20)
+    steps = int(experiment.global_step)
+    assert steps == int(experiment.optimizer.applied_steps) > 0
+    for entry in experiment.weights.entries:
+        np.testing.assert_array_equal(
+            entry.value.numpy(), experiment.weights.by_key()[entry.key])
+
+
+def test_vector_metrics_are_reported(strategy_of, tmp_path):
+    class Vector(digits.Digits):
+        def metrics(self):
+            class PerClass(keras.metrics.F1Score):
+                def update_state(self, label, logits, sample_weight=None):
+                    super().update_state(tf.one_hot(label, 10), tf.nn.softmax(logits))
+
+            return {"accuracy": keras.metrics.SparseCategoricalAccuracy(),
+                    "f1": PerClass()}
+
+    mpl.run(Vector, train_steps=2, hidden=8, workdir=str(tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all('"f1": [' in line for line in lines) and lines
+
+
+def test_an_export_takes_every_feature_that_predict_looks_at(strategy_of, tmp_path):
+    class Masked(digits.Digits):
+        def build_data(self, split, context):
+            arrays = super().build_data(split, context)
+            return {**arrays, "mask": np.ones(len(arrays["label"]), np.float32)}
+
+        def predict(self, batch):
+            mask = batch.get("mask")
+            return super().predict(batch) * (1.0 if mask is None else mask[:, None])
+
+    experiment = prepared(Masked, strategy_of(1), policy="float32", hidden=8)
+    predict = mpl.load_predictor(experiment.export(str(tmp_path / "export")))
+    image = digits.digits.load("test")["image"][:2]
+    got = predict({"image": image, "mask": np.array([0, 1], np.float32)})
+    assert (got[0] == 0).all() and got[1].sum() > 0.99

@@ -169,3 +169,12 @@ def test_export_keeps_the_last_versions_whole(tmp_path):
 def test_wrong_arguments(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_a_conditional_stops_when_its_action_does():
+    stopping = EarlyStopping("loss", 1, "min")
+    conditional = Conditional(lambda output: True, stopping)
+    for loss in (1.0, 2.0):
+        assert not conditional.stopped
+        conditional({"loss": loss})
+    assert conditional.stopped

@@ -78,7 +78,8 @@ def _mpl(model, inner, gradients, *, pack_below=PACK_BELOW, scales=None, **kwarg
                 loss = scale * tf.add_n([
                     tf.reduce_sum(variable.value * gradient) for variable, gradient
                     in zip(model.trainable_variables, gradients)])
-            scaled = optimizer.scale_loss(state.LossOutput(loss[tf.newaxis], [1.0]), forward)
+            output = state.LossOutput(loss[tf.newaxis], [1.0])
+            scaled = optimizer.scale_loss(output, forward)
         optimizer.apply(weights.gradients(tape, scaled, forward), forward)
 
     for number, gradient in enumerate(gradients):
