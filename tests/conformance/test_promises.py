@@ -30,6 +30,7 @@ def everything(experiment, directory, step):
             if not key.startswith(("_CHECKPOINTABLE", "save_counter"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("kind, policy", [
     (digits.Digits, "mixed_float16"), (digits.Digits, "float32"),
@@ -169,6 +170,7 @@ def test_bad_settings_are_named(change, message, strategy_of):
         prepared(digits.Digits, strategy_of(2), **change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", [digits.Digits, gan_digits.GanDigits])

@@ -9,6 +9,8 @@ from mpl import errors
 from mpl.step import loss_scale_optimizer, master_weights, state
 import small_models as models
 
+pytestmark = pytest.mark.slow  # whole trainings, many of them
+
 layers = keras.layers
 optimizers = keras.optimizers
 STEPS = 20

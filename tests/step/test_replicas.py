@@ -12,6 +12,8 @@ from mpl.step import gradients as gradients_lib
 from mpl.step import loss_scale_optimizer, master_weights, state
 import small_models as models
 
+pytestmark = pytest.mark.slow  # whole trainings, many of them
+
 layers = keras.layers
 SIZE = 12  # examples, for up to 4 replicas of up to 3 micro-batches
 CLIP_NORM = 0.4  # less than any gradient's

@@ -7,6 +7,8 @@ import pytest
 from mpl.precision import loss_scale as loss_scale_lib
 import small_models as models
 
+pytestmark = pytest.mark.slow  # whole trainings, many of them
+
 OPTIMIZERS = {
     "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(0.01),
