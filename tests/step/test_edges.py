@@ -52,11 +52,12 @@ def test_a_table_that_is_not_sparse_is_updated_as_a_whole():
 def test_gradients_reduced_in_float16_are_unscaled_in_float32():
     variable = tf.Variable(0.0)
     optimizer = loss_scale_optimizer.LossScaleOptimizer(
-        keras.optimizers.SGD(1.0), 1024, reduce_dtype=tf.float16)
-    optimizer.apply_gradients([(tf.constant(2.0**-22 * 1024), variable)])
-    assert variable.numpy() == -(2.0**-22)
-    optimizer.apply_gradients([(tf.constant(300.0 * 128), variable)])
-    assert int(optimizer.skipped_steps) == 0
+        keras.optimizers.SGD(1.0), 64, reduce_dtype=tf.float16)
+    small = 2.0**-20 * (1 + 2.0**-8)  # subnormal in float16, but not 64 times as large
+    optimizer.apply_gradients([(tf.constant(small * 64), variable)])
+    assert variable.numpy() == -small
+    optimizer.apply_gradients([(tf.constant(300.0 * 64), variable)])  # 300² > 65504
+    assert int(optimizer.skipped_steps) == 0 and float(optimizer.grad_norm) == 300.0
 
 
 def test_a_layer_that_assigns_its_weight_is_refused():
@@ -109,3 +110,21 @@ def test_losses_added_while_two_models_are_bound_are_refused():
     with first.bound(first.cast()) as forward:
         models[0](tf.ones((2, 4)))
     assert len(forward.penalties) == 1
+
+
+def test_the_report_blames_the_optimizer_whose_gradient_was_bad():
+    optimizers, updates = [], []
+    for bad in (0.0, np.inf):
+        variable = tf.Variable(0.0, name=f"v{len(optimizers)}")
+        optimizer = loss_scale_optimizer.LossScaleOptimizer(
+            keras.optimizers.SGD(1.0), "none")
+        optimizer.build([variable])
+        forward = state.Forward([], [], scale=tf.constant(1.0))
+        optimizers.append(optimizer)
+        updates.append((optimizer, [tf.constant(1.0 + bad)], forward))
+    loss_scale_optimizer.gradients_lib.apply_together(updates)
+    good, bad = optimizers
+    assert good.nonfinite_report() is None
+    assert "1 steps in a row were skipped: inf in 'v1'" in bad.nonfinite_report()
+    bad.apply_gradients([(tf.constant(1.0), bad.buckets[0].variable)])
+    assert bad.nonfinite_report() is None  # it has recovered
