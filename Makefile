@@ -9,7 +9,7 @@ PY := .venv/bin/python
 FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 WORKERS ?= 2
 
-.PHONY: help train test test-fast lint typecheck clean
+.PHONY: help train bench test test-fast lint typecheck clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -17,6 +17,10 @@ help: ## list the targets
 
 train: .venv/installed-train ## train, evaluate, export, reload and predict digits
 	@$(PY) -m experiments.digits --mode=all
+
+# BENCH_FLAGS=--full for everything; BENCH_FLAGS=--help for the rest.
+bench: .venv/installed-bench ## compare with a hand-written loop, Keras fit and Orbit
+	@$(PY) -m experiments.benchmarks --out=runs/bench $(BENCH_FLAGS)
 
 test: .venv/installed-test ## run all tests
 	@$(PY) -m pytest -q -n $(WORKERS)
@@ -34,11 +38,12 @@ clean: ## remove .venv, caches and build files; runs/ stays
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
 
+.venv/installed-plots: EXTRAS := plots
 .venv/installed-train: EXTRAS := tensorboard,plots,terminal
 .venv/installed-test: EXTRAS := test
 .venv/installed-dev: EXTRAS := dev
 
-# One rule for the three sets of extras; each runs again when setup.cfg changes.
+# One rule for the sets of extras; each runs again when setup.cfg changes.
 .venv/installed-%: setup.cfg | $(PY)
 	@echo "Installing mpl[$(EXTRAS)] into .venv (the first time: minutes, 2 GB) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' || \
@@ -46,6 +51,14 @@ clean: ## remove .venv, caches and build files; runs/ stays
 	    echo "See its message above; if .venv is damaged, run make clean first." >&2; \
 	    exit 1; }
 	@touch $@
+
+# Orbit needs of its package's many dependencies tf_keras alone, and runs on the
+# TensorFlow that is here, though the package pins an older one.
+.venv/installed-bench: .venv/installed-plots
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  'tf-models-official==2.20.*' 'tf_keras==2.21.*' && \
+	  $(PY) -c 'import orbit' 2>/dev/null && touch $@ || \
+	  echo "Orbit could not be installed: the benchmark goes on without it." >&2
 
 $(PY):
 	@for python in $(if $(PYTHON),'$(PYTHON)',python3.13 python3.12 python3.11 python3); do \

@@ -1,6 +1,7 @@
 """What a researcher subclasses: a model, an optimizer, data and a loss."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from mpl import data as data_lib
 from mpl import distribute, errors, inference
 from mpl.loop import evaluator as evaluator_lib
 from mpl.loop import trainer as trainer_lib
+from mpl.loop.inner_loop import converted
 from mpl.precision import loss_scale as loss_scale_lib
 from mpl.precision import policy as policy_lib
 from mpl.step import binding as binding_lib
@@ -100,6 +102,7 @@ class Experiment:
         """Returns the master weights of a model, with groups where wanted."""
         return master_weights_lib.MasterWeights(model, self.policy)
 
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, iterator: Any) -> None:
         """Runs one step on every replica; cross-replica context, in a tf.function."""
 
@@ -110,7 +113,7 @@ class Experiment:
                 with tf.GradientTape() as tape:
                     tape.watch(params)
                     with self.weights.bound(params, state) as forward:
-                        output = self.loss(batch, training=True)
+                        output = converted(self.loss)(batch, training=True)
                         scaled_loss = self.optimizer.scale_loss(output, forward)
                 gradients = self.weights.gradients(tape, scaled_loss, forward)
                 return gradients, forward, output
@@ -123,12 +126,13 @@ class Experiment:
 
         self.strategy.run(self.compiled(replica_step), args=(next(iterator),))
 
+    @tf.autograph.experimental.do_not_convert
     def eval_step(self, iterator: Any) -> None:
         """Evaluates one batch on every replica."""
 
         def replica_step(batch: Mapping[str, tf.Tensor]) -> None:
             with self.bound_for_inference():
-                output = self.loss(batch, training=False)
+                output = converted(self.loss)(batch, training=False)
             self.update_metrics(output)
 
         self.strategy.run(self.compiled(replica_step), args=(next(iterator),))
@@ -343,8 +347,9 @@ class _Trainer(trainer_lib.Trainer):
         for weights in tf.nest.flatten(self._experiment.weights):
             weights.adopt()
 
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, iterator: Any) -> None:
-        self._experiment.train_step(iterator)
+        converted(self._experiment.train_step)(iterator)
         self._experiment.global_step.assign_add(1)
 
     def train(self, num_steps: Any = -1) -> Any:
@@ -354,10 +359,12 @@ class _Trainer(trainer_lib.Trainer):
             for weights in tf.nest.flatten(self._experiment.weights):
                 weights.publish()
 
+    @tf.autograph.experimental.do_not_convert
     def should_stop(self) -> tf.Tensor:
         limit = self._experiment.config.max_consecutive_skips
         optimizers = tf.nest.flatten(self._experiment.optimizer)
-        return tf.reduce_any([each.consecutive_skips >= limit for each in optimizers])
+        flags = [each.consecutive_skips >= limit for each in optimizers]
+        return functools.reduce(tf.logical_or, flags)
 
     def nonfinite_error(self) -> errors.NonFiniteError:
         optimizers = tf.nest.flatten(self._experiment.optimizer)
@@ -392,8 +399,9 @@ class _Evaluator(evaluator_lib.Evaluator):
     def eval_begin(self) -> None:
         self._experiment._eval_metrics.reset()
 
+    @tf.autograph.experimental.do_not_convert
     def eval_step(self, iterator: Any) -> None:
-        self._experiment.eval_step(iterator)
+        converted(self._experiment.eval_step)(iterator)
 
     def eval_end(self, state: Any = None) -> dict[str, tf.Tensor]:
         return self._experiment._eval_metrics.result()

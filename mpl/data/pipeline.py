@@ -1,12 +1,16 @@
 """The order of the examples, and the batches made of them."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
 from mpl.data.source import ArraySource, Batch, Source
 from mpl.errors import ConfigError
+
+_CHUNK_BYTES, _CHUNK_BATCHES = 2**20, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,38 +106,59 @@ class Pipeline:
             batches = self._indexed(self._source, position)
         else:
             batches = self._in_order(self._source.dataset, position)
+            batches = batches.prefetch(tf.data.AUTOTUNE)
         options = tf.data.Options()
         options.deterministic = True
+        # What is prefetched here is prefetched below, and nothing a second time.
+        options.experimental_optimization.inject_prefetch = False
         # Workers split each batch between them, not the files.
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.DATA
         )
-        return batches.with_options(options).prefetch(tf.data.AUTOTUNE)
+        return batches.with_options(options)
 
     def _indexed(self, source: ArraySource, position: int) -> tf.data.Dataset:
+        """Small batches are read by the chunk: an epoch has `chunks` of `chunk`."""
         assert self.batches_per_epoch is not None
         num_examples = tf.constant(source.num_examples, tf.int64)
         batches_per_epoch, size = self.batches_per_epoch, self._batch_size
+        chunk = min(_CHUNK_BYTES // (size * source.example_bytes + 1), _CHUNK_BATCHES)
+        chunks = -(-batches_per_epoch // max(1, chunk))
+        chunk = -(-batches_per_epoch // chunks)
 
-        def load(position: tf.Tensor) -> Batch:
-            epoch, batch = position // batches_per_epoch, position % batches_per_epoch
-            epoch_key = _fold_in(tf.constant([0, self._seed]), epoch)
-            index = batch * size + tf.range(size, dtype=tf.int64)
+        def epoch_key(epoch: tf.Tensor) -> tf.Tensor:
+            return _fold_in(tf.constant([0, self._seed]), epoch)
+
+        def load(number: tf.Tensor) -> Any:
+            epoch, first = number // chunks, number % chunks * chunk
+            last = tf.minimum(first + chunk, batches_per_epoch)
+            index = tf.range(first * size, last * size)
             record = index % num_examples
             if self._shuffle:
                 record = tf.random.experimental.index_shuffle(
-                    record, epoch_key, num_examples - 1
+                    record, epoch_key(epoch), num_examples - 1
                 )
-            examples = source.gather(record)
-            if source.transform is not None:
-                examples = source.transform(examples, _fold_in(epoch_key, batch))
-                examples = {n: _ensure_batch(t, size) for n, t in examples.items()}
-            return _weighted(examples, index < num_examples)
+            examples, real = source.gather(record), index < num_examples
+            return (examples, real) if source.transform else _weighted(examples, real)
 
-        stop = tf.int64.max if self._repeat else batches_per_epoch
-        return tf.data.Dataset.range(position, stop).map(
-            load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-        )
+        def transform(position: tf.Tensor, batch: tuple[Batch, tf.Tensor]) -> Batch:
+            assert source.transform is not None
+            key = epoch_key(position // batches_per_epoch)
+            seed = _fold_in(key, position % batches_per_epoch)
+            examples = source.transform(batch[0], seed)
+            examples = {n: _ensure_batch(t, size) for n, t in examples.items()}
+            return _weighted(examples, batch[1])
+
+        epoch, batch = divmod(position, batches_per_epoch)
+        start = epoch * chunks + batch // chunk
+        stop = tf.int64.max if self._repeat else chunks
+        batches = _map(tf.data.Dataset.range(start, stop), load)
+        batches = batches.rebatch(size, drop_remainder=True).skip(batch % chunk)
+        if source.transform is not None:
+            batches = _map(batches.enumerate(position), transform)
+        # Handing a small batch from thread to thread costs more than slicing a chunk.
+        small = chunk > 1 and source.transform is None
+        return batches if small else batches.prefetch(tf.data.AUTOTUNE)
 
     def _in_order(self, examples: tf.data.Dataset, position: int) -> tf.data.Dataset:
         def fill_up(examples: Batch) -> Batch:
@@ -142,14 +167,18 @@ class Pipeline:
             filled = {n: tf.gather(t, index % count) for n, t in examples.items()}
             return _weighted(filled, index < count)
 
-        batches = examples.batch(self._batch_size).map(
-            fill_up, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-        )
+        batches = _map(examples.batch(self._batch_size), fill_up)
         if self._repeat:
             if self.batches_per_epoch is not None:
                 position %= self.batches_per_epoch
             batches = batches.repeat()
         return batches.skip(position)
+
+
+def _map(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    return dataset.map(
+        function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
 
 
 def _weighted(examples: Batch, real: tf.Tensor) -> Batch:

@@ -9,6 +9,19 @@ from absl import logging
 from mpl.errors import ConfigError
 
 _graph = tf.compat.v1.get_default_graph
+# Of code that nothing has converted yet.
+_AUTOGRAPH = tf.__internal__.autograph.control_status_ctx()
+
+
+def converted(function: Callable) -> Callable:
+    """Lets AutoGraph rewrite a user's function where mpl's own code calls it.
+
+    mpl's code is traced as it stands: rewriting it took most of the time before the
+    first step. In eager mode the function stays what it is.
+    """
+    if not tf.inside_function():
+        return function
+    return tf.__internal__.autograph.tf_convert(function, _AUTOGRAPH)
 
 
 class EndOfDataError(ConfigError):
@@ -63,9 +76,10 @@ class InnerLoop:
             step(iterators)          # the end of the data ends the loop
             done += 1
 
-    A traced step is a function of its own, and its batches are taken before it starts:
-    nothing of a step runs for which there is no batch. (In one graph, whatever does
-    not depend on the batch would run: `global_step.assign_add(1)` for one.)
+    Where the data may end, a traced step is a function of its own, and its batches are
+    taken before it starts: nothing of a step runs for which there is no batch. (In one
+    graph, whatever does not depend on the batch would: `global_step.assign_add(1)` for
+    one.) Endless data allow one graph, from which TensorFlow takes what is constant.
 
     Args:
         step: Called with a `StepIterator` for each dataset, nested as they are.
@@ -91,15 +105,16 @@ class InnerLoop:
         self._step, self._should_stop, self._reduce = step, should_stop, reduce
         self._block: Any = self._run
         self._one_step: Any = self._run_step
-        self._traced = tf.function(self._run_step)
+        self._traced = tf.function(self._run_step, autograph=False)
         if options.use_tf_function and options.use_tf_while_loop and not reduce:
-            self._block = self._traced = tf.function(self._run)
+            self._block = self._traced = tf.function(self._run, autograph=False)
         elif options.use_tf_function:
             self._one_step = self._traced
         self._traces, self._data = 0, ""  # of the last run
         self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
         self.state: Any = None
+        self._endless = False
 
     def run(
         self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None
@@ -116,7 +131,9 @@ class InnerLoop:
             EndOfDataError: There was not one batch.
         """
         if self.iterators is None:
-            self.iterators = tf.nest.map_structure(_iterator, make_dataset())
+            datasets = make_dataset()
+            self.iterators = tf.nest.map_structure(_iterator, datasets)
+            self._endless = all(map(_is_endless, tf.nest.flatten(datasets)))
         if positions is None:
             positions = tf.nest.map_structure(lambda _: None, self.iterators)
         tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
@@ -132,13 +149,18 @@ class InnerLoop:
             raise EndOfDataError(cause, "Give data; repeat them to train for longer.")
 
     def _run(self, iterators: Any, limit: tf.Tensor) -> None:
-        done = tf.constant(0, tf.int64)
-        # Traced, this is a tf.while.
-        while (done < limit) & tf.logical_not(self._should_stop()):
+        def more(done: tf.Tensor) -> tf.Tensor:
+            return (done < limit) & tf.logical_not(converted(self._should_stop)())
+
+        def run_one(done: tf.Tensor) -> tuple[tf.Tensor]:
             # Assigned before the step, to be right when the data end in it.
-            with tf.control_dependencies([self.done.assign(done)]):
+            before = [] if self._endless else [self.done.assign(done)]
+            with tf.control_dependencies(before):
                 self._keep(self._one_step(iterators))
-            done += 1
+            return (done + 1,)
+
+        # Traced, this is a tf.while.
+        done, = tf.while_loop(more, run_one, (tf.constant(0, tf.int64),))
         self.done.assign(done)
 
     def _keep(self, output: Any) -> None:
@@ -146,16 +168,17 @@ class InnerLoop:
             self.state = self._reduce(self.state, output)
 
     def _run_step(self, iterators: Any) -> Any:
-        around = _graph() if tf.inside_function() else None
+        apart = tf.inside_function() and not self._endless
+        around = _graph() if apart else None
         each = zip(tf.nest.flatten(iterators), tf.nest.flatten(self._positions))
         parts: list = [(iterator, position, around, []) for iterator, position in each]
 
         def step(iterators_taken_from: Any) -> Any:
             views = [StepIterator(*part) for part in parts]
-            return self._step(tf.nest.pack_sequence_as(iterators, views))
+            return converted(self._step)(tf.nest.pack_sequence_as(iterators, views))
 
         # With the iterators as arguments, the call waits for what is taken from them.
-        return (tf.function(step) if around else step)(iterators)
+        return (tf.function(step, autograph=False) if apart else step)(iterators)
 
     def _warn_of_retrace(self) -> None:
         count = self._traced.experimental_get_tracing_count()
@@ -178,3 +201,13 @@ def _iterator(dataset: Any) -> Any:
         remedy = "Use tf.data.Dataset, e.g. `from_tensor_slices` or `from_generator`."
         raise ConfigError(cause, remedy)
     return iter(dataset)
+
+
+def _is_endless(dataset: Any) -> bool:
+    if isinstance(dataset, tf.data.Dataset):
+        return int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
+    try:
+        len(dataset)
+    except TypeError as error:  # the only word that a distributed dataset has for it
+        return "infinite" in str(error)
+    return False

@@ -54,19 +54,21 @@ class Bucket:
         """Returns each entry's part of a tensor laid out like the bucket."""
         if not self.kind.packed:
             return [packed]
-        flat = [tf.reshape(part, [-1]) for part in tf.split(packed, self._rows)]
-        return [tf.reshape(part[:shape.num_elements()], shape)
-                for part, shape in zip(flat, self._shapes)]
+        parts = tf.split(packed, self._rows)
+        return [_cut(part, shape) for part, shape in zip(parts, self._shapes)]
 
     def join(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
         """Returns the tensor whose `split` is `values`."""
         if not self.kind.packed:
             return tf.convert_to_tensor(values[0])
-        padded = []
+        parts, fillings = [], dict[int, tf.Tensor]()
         for value, rows, shape in zip(values, self._rows, self._shapes):
+            parts.append(tf.reshape(value, [-1]))
             missing = rows * _ROW - shape.num_elements()
-            padded.append(tf.pad(tf.reshape(value, [-1]), [[0, missing]]))
-        return tf.reshape(tf.concat(padded, 0), [-1, _ROW])
+            if missing not in fillings:
+                fillings[missing] = tf.zeros([missing], parts[0].dtype)
+            parts += [fillings[missing]] * bool(missing)
+        return tf.reshape(tf.concat(parts, 0), [-1, _ROW])
 
     def squares(self, gradient: tf.Tensor) -> tf.Tensor:
         """Returns the sum of squares of each entry's part, shape `[entries]`."""
@@ -77,6 +79,14 @@ class Bucket:
         # The unsorted form has a static result, which XLA asks for.
         return tf.math.unsorted_segment_sum(
             tf.reduce_sum(squared, axis=1), segments, len(self._rows))
+
+
+def _cut(part: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """Returns the first elements of `part` `[rows, 128]` in a shape; copies nothing."""
+    size = shape.num_elements()
+    if size % _ROW:
+        part = tf.reshape(part, [-1])[:size]
+    return part if part.shape == shape else tf.reshape(part, shape)
 
 
 def buckets_of(

@@ -1,6 +1,7 @@
 """From gradients to a decision: micro-batches, reduction, checks, all or nothing."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,21 +17,24 @@ class Prepared:
     """One optimizer's part of a step, reduced over replicas and checked.
 
     Attributes:
-      gradients: true float32 gradients, clipped, one a bucket.
+      gradients: true gradients before clipping, one a bucket.
+      clip: factor that clips them, or None.
       state: new non-trainable state, averaged over replicas; None where unwritten.
       snapshot: values to put back on a skip.
-      checks: floats `[n]`, each finite if what it looks at is; squares of gradients
-        above 1.8e19 are not.
+      sums: losses × weights and weights, `[2]` or scalars, over all replicas; empty
+        for gradients of ordinary variables.
+      health: scalar, finite only if all of the above is; squares of gradients above
+        1.8e19 are not.
       norm: global norm before clipping.
-      active: whether any example had weight.
     """
 
     gradients: list
+    clip: tf.Tensor | None
     state: list
     snapshot: list
-    checks: tf.Tensor
+    sums: list
+    health: tf.Tensor
     norm: tf.Tensor
-    active: tf.Tensor
 
 
 @tf.autograph.experimental.do_not_convert
@@ -55,31 +59,33 @@ def apply_together(
         )
     optimizers = [optimizer for optimizer, _, _ in updates]
     prepared = [_prepare(context, *update) for update in updates]
-    finite = tf.reduce_all(
-        [tf.reduce_all(tf.math.is_finite(part.checks)) for part in prepared]
-    )
-    active = tf.reduce_all([part.active for part in prepared])
+    # A sum is finite only if all its terms are; it is not where no example has weight.
+    flags = [tf.math.is_finite(part.health) for part in prepared]
+    finite = functools.reduce(tf.logical_and, flags)
     for _, _, forward in updates:
-        forward.finite = finite & active
+        forward.finite = finite
 
-    def commit(strategy: tf.distribute.Strategy, parts: list, finite, active) -> None:
+    def commit(strategy: tf.distribute.Strategy, parts: list, finite) -> None:
         first = _first_of(strategy)
         parts = [Prepared(**part) for part in parts]
-        finite, active = first(finite), first(active)
+        finite = first(finite)
+        weights = [first(part.sums[1]) for part in parts if part.sums]
+        active = functools.reduce(tf.logical_and, [w != 0 for w in weights], True)
 
         def update() -> tf.Tensor:
             for optimizer, part in zip(optimizers, parts):
-                optimizer.update(strategy, part)
+                optimizer.update(strategy, part, first(part.norm))
             return tf.constant(0)
 
+        # Not part of the graph around it, which walks through what it does not take.
+        @tf.function(autograph=False, experimental_attributes={"_noinline": True})
         def skip() -> tf.Tensor:
             for optimizer, part in zip(optimizers, parts):
-                optimizer.put_back(strategy, part)
+                checks = _checks(optimizer, tf.nest.map_structure(first, vars(part)))
+                optimizer.skip(strategy, part, active, checks, first(part.norm))
             return tf.constant(0)
 
-        tf.cond(finite & active, update, skip)
-        for optimizer, part in zip(optimizers, parts):
-            optimizer.count(finite, active, first(part.checks), first(part.norm))
+        tf.cond(finite, update, skip)
         for optimizer in {id(o.loss_scale): o for o in optimizers}.values():
             shares = [o.share for o in optimizers if
                       o.loss_scale is optimizer.loss_scale]
@@ -87,7 +93,7 @@ def apply_together(
                 optimizer.loss_scale.adjust_shared(share, finite, active)
 
     parts = [dict(vars(part)) for part in prepared]
-    context.merge_call(commit, args=(parts, finite, active))
+    context.merge_call(commit, args=(parts, finite))
 
 
 def _first_of(strategy: tf.distribute.Strategy) -> Callable:
@@ -114,41 +120,39 @@ def _prepare(
     wide = tf.float64 in [bucket.variable.dtype for bucket in optimizer.buckets]
     dtype = tf.float64 if wide else tf.float32
     factor = 1.0 / tf.cast(forward.scale, dtype)
-    active = tf.constant(True)
-    checks = []
-    if forward.weight_sum is not None:
-        loss_sum, weight_sum = tf.unstack(sums)
+    if sums:
+        loss_sum, weight_sum = sums
         forward.loss = tf.math.divide_no_nan(loss_sum, weight_sum)
-        active = weight_sum != 0
-        nominal = tf.cast(optimizer.nominal_weight, weight_sum.dtype)
-        factor *= tf.cast(tf.math.divide_no_nan(nominal, weight_sum), dtype)
-        checks = [tf.cast(sums, dtype)]
+        factor *= tf.cast(optimizer.nominal_weight / weight_sum, dtype)
     unscaled = []
-    squares = []
     for gradient, bucket in zip(summed, optimizer.buckets):
         if isinstance(gradient, tf.IndexedSlices):
             gradient = sparse_lib.sum_duplicates(gradient)
-        gradient = _map_values(lambda g: g * tf.cast(factor, g.dtype), gradient)
+        gradient = map_values(lambda g: g * tf.cast(factor, g.dtype), gradient)
         if optimizer.weights is not None:
             gradient = _add_regularizers(bucket, gradient)
         unscaled.append(gradient)
-        squares.append(tf.cast(_squares(bucket, gradient), dtype))
-    squares = tf.concat(squares, 0)
-    norm = tf.sqrt(tf.reduce_sum(squares))
+    squares = 2 * tf.add_n([tf.cast(tf.nn.l2_loss(_values(g)), dtype) for g in unscaled])
+    norm, clip = tf.sqrt(squares), None
     if optimizer.clip_norm is not None:
         limit = tf.constant(optimizer.clip_norm, dtype)
-        shrink = limit / tf.maximum(limit, norm)
-        unscaled = [
-            _map_values(lambda g: g * tf.cast(shrink, g.dtype), gradient)
-            for gradient in unscaled
-        ]
+        clip = limit / tf.maximum(limit, norm)
+    floats = [value for value in state if value is not None and value.dtype.is_floating]
+    health = tf.add_n([squares, *[tf.cast(x, dtype) for x in sums], *[
+        tf.cast(tf.reduce_sum(value), dtype) for value in floats]])
+    return Prepared(unscaled, clip, state, forward.snapshot, sums, health, norm)
+
+
+def _checks(optimizer: Any, part: dict) -> tf.Tensor:
+    """Returns floats in the order of `optimizer.check_names`, finite where all is."""
+    checks = [_squares(bucket, gradient) for bucket, gradient in
+              zip(optimizer.buckets, part["gradients"])]
+    checks += [tf.stack(part["sums"])] * bool(part["sums"])
     checks += [
-        tf.zeros([1], dtype) if value is None or not value.dtype.is_floating
-        else tf.cast(tf.reduce_sum(tf.abs(value)), dtype)[tf.newaxis]
-        for value in state
+        tf.zeros([1]) if value is None or not value.dtype.is_floating
+        else tf.reduce_sum(tf.abs(value))[tf.newaxis] for value in part["state"]
     ]
-    checks = tf.concat([squares, *checks], 0)
-    return Prepared(unscaled, state, forward.snapshot, checks, norm, active)
+    return tf.concat([tf.cast(check, tf.float64) for check in checks], 0)
 
 
 def _wide(reduce_dtype: tf.DType, bucket: Any) -> tf.DType:
@@ -158,10 +162,10 @@ def _wide(reduce_dtype: tf.DType, bucket: Any) -> tf.DType:
 
 
 def _cast(gradient: Any, dtype: tf.DType) -> Any:
-    return _map_values(lambda values: tf.cast(values, dtype), gradient)
+    return map_values(lambda values: tf.cast(values, dtype), gradient)
 
 
-def _map_values(function: Callable, gradient: Any) -> Any:
+def map_values(function: Callable, gradient: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(
             function(gradient.values), gradient.indices, gradient.dense_shape
@@ -177,7 +181,7 @@ def _all_reduce(context: Any, value: Any) -> Any:
 
 def _reduce_scalars(
     context: Any, optimizer: Any, forward: state_lib.Forward
-) -> tuple[tf.Tensor | None, list[tf.Tensor | None]]:
+) -> tuple[list[tf.Tensor], list[tf.Tensor | None]]:
     """Sums loss and weight, and averages state, over replicas in one collective.
 
     Floating state becomes its mean weighted by the replicas' sums of weights, so that a
@@ -185,8 +189,8 @@ def _reduce_scalars(
     replica when it is written.
     """
     if forward.weight_sum is None:
-        return None, []
-    sums = tf.stack([forward.loss_sum, forward.weight_sum])
+        return [], []
+    sums = [forward.loss_sum, forward.weight_sum]
     if context.num_replicas_in_sync == 1:
         return sums, forward.state
     written = [value for value in forward.state if value is not None]
@@ -196,9 +200,10 @@ def _reduce_scalars(
         tf.math.multiply_no_nan(tf.reshape(tf.cast(value, weight.dtype), [-1]), weight)
         for value in floating
     ]
-    reduced = _all_reduce(context, tf.concat([sums, *flat], 0))
+    reduced = _all_reduce(context, tf.concat([tf.stack(sums), *flat], 0))
     sizes = [2] + [value.shape.num_elements() for value in floating]
-    sums, *means = tf.split(reduced, sizes)
+    both, *means = tf.split(reduced, sizes)
+    sums = tf.unstack(both)
     averaged = iter(
         tf.cast(tf.reshape(tf.math.divide_no_nan(mean, sums[1]), value.shape),
                 value.dtype)
@@ -224,6 +229,10 @@ def _add_regularizers(bucket: Any, gradient: Any) -> Any:
             if entry.regularizer is not None
         ])
     return gradient + tf.cast(tape.gradient(penalty, master), gradient.dtype)
+
+
+def _values(gradient: Any) -> tf.Tensor:
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
 def _squares(bucket: Any, gradient: Any) -> tf.Tensor:

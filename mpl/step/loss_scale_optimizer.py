@@ -11,6 +11,7 @@ from mpl import errors
 from mpl.precision import loss_scale as loss_scale_lib
 from mpl.step import binding as binding_lib
 from mpl.step import bucket as bucket_lib
+from mpl.step import fused as fused_lib
 from mpl.step import gradients as gradients_lib
 from mpl.step import master_weights as master_weights_lib
 from mpl.step import slots as slots_lib
@@ -96,8 +97,9 @@ class LossScaleOptimizer(tf.Module):
         self.share = self.loss_scale.register()
         self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []
-        # Skips, skips in a row, position of the last bad value, whether it was NaN.
-        self._counts = _host_variable(np.zeros(4, np.int64), "counts")
+        # Skips, position of the last bad value, whether it was NaN.
+        self._counts = _host_variable(np.zeros(3, np.int64), "counts")
+        self._row = _host_variable(np.int64(0), "consecutive_skips")
         self._grad_norm = _host_variable(np.float32(0), "grad_norm")
         if weights is not None:
             weights.attach(self)
@@ -114,7 +116,7 @@ class LossScaleOptimizer(tf.Module):
 
     @property
     def consecutive_skips(self) -> tf.Tensor:
-        return self._counts[1]
+        return tf.convert_to_tensor(self._row)
 
     @property
     def grad_norm(self) -> tf.Tensor:
@@ -231,16 +233,24 @@ class LossScaleOptimizer(tf.Module):
         gradients_lib.apply_together([(self, ordered, forward)])
 
     def update(
-        self, strategy: tf.distribute.Strategy, prepared: "gradients_lib.Prepared"
+        self,
+        strategy: tf.distribute.Strategy,
+        prepared: "gradients_lib.Prepared",
+        norm: tf.Tensor,
     ) -> None:
         """Updates everything; cross-replica context, and only if the step is finite."""
         extended = strategy.extended
         rate = self.inner.learning_rate
+        rule = fused_lib.rule(self.inner)
         slots_lib.advance(self.inner)
-        pairs = zip(self.buckets, prepared.gradients)
-        for number, (bucket, gradient) in enumerate(pairs):
-            def update_one(variable, gradient, rate, number=number, bucket=bucket):
-                rate = tf.cast(rate, variable.dtype) * bucket.kind.multiplier
+        for number, bucket in enumerate(self.buckets):
+            def update_one(variable, gradient, clip, rate, number=number, bucket=bucket):
+                rate = tf.cast(rate, variable.dtype)
+                if bucket.kind.multiplier != 1.0:
+                    rate *= bucket.kind.multiplier
+                if clip is not None:
+                    gradient = gradients_lib.map_values(
+                        lambda g: g * tf.cast(clip, g.dtype), gradient)
                 if isinstance(gradient, tf.IndexedSlices):
                     rows = self._slots.of(number)
                     sparse_lib.update_rows(self.inner, variable, gradient, rate, rows)
@@ -248,12 +258,17 @@ class LossScaleOptimizer(tf.Module):
                 decay = self._slots.decay(number)
                 if decay and bucket.kind.decay:
                     variable.assign_sub(variable * decay * rate)
-                self.inner.update_step(gradient, variable, rate)
+                if rule is not None and fused_lib.pays(variable):
+                    rule(variable, gradient, rate, self._slots.of(number))
+                else:
+                    self.inner.update_step(gradient, variable, rate)
                 constraint = bucket.entries[0].constraint
                 if constraint is not None:
                     variable.assign(constraint(tf.convert_to_tensor(variable)))
 
-            extended.update(bucket.variable, update_one, (gradient, rate), group=False)
+            extended.update(
+                bucket.variable, update_one,
+                (prepared.gradients[number], prepared.clip, rate), group=False)
         for average, bucket in zip(self.averages, self.buckets):
             extended.update(average, self._average, (bucket.variable,), group=False)
         state = self.weights.state if self.weights else []
@@ -263,34 +278,40 @@ class LossScaleOptimizer(tf.Module):
                     value = strategy.experimental_local_results(value)[0]
                 extended.update(entry.value, _assign, (value,), group=False)
         self.inner.iterations.assign_add(1)
+        self._row.assign(0)
+        self._grad_norm.assign(tf.cast(norm, tf.float32))
 
     def _average(self, average: tf.Variable, master: tf.Variable) -> None:
         assert self.ema_decay is not None
         average.assign_sub((1.0 - self.ema_decay) * (average - master))
 
-    def put_back(
-        self, strategy: tf.distribute.Strategy, prepared: "gradients_lib.Prepared"
+    def skip(
+        self,
+        strategy: tf.distribute.Strategy,
+        prepared: "gradients_lib.Prepared",
+        active: tf.Tensor | bool,
+        checks: tf.Tensor,
+        norm: tf.Tensor,
     ) -> None:
-        """Undoes what a tf.Module assigned in place; cross-replica context."""
+        """Undoes what a tf.Module assigned in place, and counts; cross-replica context.
+
+        Args:
+          active: whether any example had weight; if none had, nothing is counted.
+          checks: floats `[n]`, as `check_names`, finite if what they look at is.
+        """
         assigned = self.weights.assigned if self.weights else []
         for entry, value in zip(assigned, prepared.snapshot):
             strategy.extended.update(entry.value, _assign, (value,), group=False)
-
-    def count(
-        self, finite: tf.Tensor, active: tf.Tensor, checks: tf.Tensor, norm: tf.Tensor
-    ) -> None:
-        """Counts a step and adjusts the scale; cross-replica context."""
-        skipped = tf.cast(active & ~finite, tf.int64)
-        bad = tf.cast(~tf.math.is_finite(checks), tf.int64)
-        position = tf.argmax(bad)
-        is_nan = tf.cast(tf.math.is_nan(checks[position]), tf.int64)
+        bad = ~tf.math.is_finite(checks)
         # -1: another optimizer's gradients were bad, see `apply_together`.
-        position = tf.where(tf.reduce_any(bad > 0), position, -tf.ones_like(position))
+        position = tf.where(
+            tf.reduce_any(bad), tf.argmax(tf.cast(bad, tf.int32)), tf.constant(-1, tf.int64))
+        is_nan = tf.reduce_any(tf.math.is_nan(checks[:tf.maximum(position, 0) + 1]))
+        counted = tf.cast(active, tf.int64)
         counts = self._counts.read_value()
-        row = tf.where(active & finite, tf.zeros_like(counts[1]), counts[1] + skipped)
-        new = tf.stack([counts[0] + skipped, row, position, is_nan])
-        self._counts.assign(tf.where(skipped > 0, new, tf.stack(
-            [counts[0], row, counts[2], counts[3]])))
+        new = tf.stack([counts[0] + 1, position, tf.cast(is_nan, tf.int64)])
+        self._counts.assign(tf.where(active, new, counts))
+        self._row.assign(self._row + counted)
         norm = tf.where(active, tf.cast(norm, tf.float32), self._grad_norm)
         self._grad_norm.assign(norm)
 
@@ -303,7 +324,8 @@ class LossScaleOptimizer(tf.Module):
 
     def nonfinite_report(self) -> str | None:
         """Returns what was bad in the last skipped step; None if nothing here was."""
-        _, row, position, is_nan = self._counts.numpy()
+        _, position, is_nan = self._counts.numpy()
+        row = int(self._row)
         if position < 0 or row == 0:
             return None
         name = self.check_names()[position]
@@ -319,10 +341,12 @@ class LossScaleOptimizer(tf.Module):
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         seeds = {key: tf.convert_to_tensor(v) for key, v in self._seeds().items()}
-        return {"counts": self._counts.read_value(), **seeds, **self.export_slots()}
+        counts = tf.concat([self._counts, [self._row]], 0)
+        return {"counts": counts, **seeds, **self.export_slots()}
 
     def _restore_from_tensors(self, restored: Mapping[str, tf.Tensor]) -> None:
-        self._counts.assign(restored["counts"])
+        self._counts.assign(restored["counts"][:3])
+        self._row.assign(restored["counts"][3])
         for key, variable in self._seeds().items():
             variable.assign(restored[key])
         self._import(restored)

@@ -33,7 +33,11 @@ class Metrics(tf.Module):
                 f"`metrics()` names a metric {name!r}, which mpl reports itself.",
                 "Give the metric another name.",
             )
-        self.loss = keras.metrics.Mean("loss")
+        # Σ loss × weight and Σ weight; on each replica its own.
+        self._sums = tf.Variable(
+            [0.0, 0.0], trainable=False, name="loss_sums",
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.SUM)
 
     @tf.autograph.experimental.do_not_convert
     def update(
@@ -45,12 +49,13 @@ class Metrics(tf.Module):
           output: what the loss returned.
           forward: the training step's, after `apply`; None in evaluation.
         """
-        losses = tf.convert_to_tensor(output.per_example)
-        weights = tf.cast(output.weights, losses.dtype)
+        # In a training step these sums stand in the graph already.
+        sums = tf.cast(tf.stack(state_lib.weighted_sums(output)), tf.float32)
+        weights = output.weights
         if forward is not None:
-            keep = forward.finite
-            losses, weights = _if_finite(keep, losses), _if_finite(keep, weights)
-        self.loss.update_state(losses, sample_weight=weights)
+            sums = _if_finite(forward.finite, sums)
+            weights = _if_finite(forward.finite, weights)
+        self._sums.assign_add(sums)
         for name, metric in self.metrics.items():
             values = output.outputs
             if isinstance(values, Mapping):
@@ -72,9 +77,10 @@ class Metrics(tf.Module):
 
     def result(self) -> dict[str, tf.Tensor]:
         """Returns the values since the last reset, "loss" first; NaN of no example."""
-        named = {"loss": self.loss, **self.metrics}
-        results = {name: metric.result() for name, metric in named.items()}
-        seen = self.loss.count > 0  # Keras says 0.0 of nothing
+        total, count = tf.unstack(tf.convert_to_tensor(self._sums))
+        results = {"loss": total / count}
+        results |= {name: metric.result() for name, metric in self.metrics.items()}
+        seen = count > 0  # Keras says 0.0 of nothing
 
         def or_nan(value: Any) -> tf.Tensor:
             value = tf.convert_to_tensor(value)
@@ -84,7 +90,8 @@ class Metrics(tf.Module):
 
     def reset(self) -> None:
         """Begins anew."""
-        for metric in (self.loss, *self.metrics.values()):
+        self._sums.assign(tf.zeros([2]))
+        for metric in self.metrics.values():
             metric.reset_state()
 
 
