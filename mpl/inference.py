@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,36 +11,50 @@ import numpy as np
 import tensorflow as tf
 
 from mpl import data as data_lib
-from mpl import distribute
 from mpl.precision import cast as cast_lib
 from mpl.precision import policy as policy_lib
 from mpl.record import export as export_lib
 
 
 def predictor(experiment: Any) -> Callable[[Mapping[str, np.ndarray]], Any]:
-    """Returns a function from a dict of arrays `[n, ...]` to predictions `[n, ...]`."""
-    strategy = experiment.strategy
+    """Returns a function from a dict of arrays `[n, ...]` to predictions `[n, ...]`.
+
+    Shapes are static, as in training, and few, so that little is traced: what is less
+    than a global batch is filled up to 1, 4, 16 ... examples a replica.
+    """
+    strategy, most = experiment.strategy, experiment.config.global_batch_size
+    replicas = strategy.num_replicas_in_sync
+    deal = strategy.experimental_distribute_values_from_function
 
     @tf.function
-    def predict_batch(batch: Mapping[str, tf.Tensor]) -> Any:
-        def replica_predict(batch):
+    def predict_batch(batch: Mapping[str, tf.Tensor], real: tf.Tensor) -> Any:
+        def replica_predict(batch, real):
             with experiment.bound_for_inference():
-                return cast_lib.cast_floating(experiment.predict(batch), tf.float32)
+                outputs = experiment.predict(data_lib.weighted(batch, real))
+            return cast_lib.cast_floating(outputs, tf.float32)
 
-        return strategy.run(replica_predict, args=(batch,))
+        return strategy.run(replica_predict, args=(batch, real))
 
     def predict(examples: Mapping[str, np.ndarray]) -> Any:
-        pipeline = data_lib.Pipeline(
-            data_lib.as_source(dict(examples)), shuffle=False, repeat=False,
-            global_batch_size=experiment.config.global_batch_size,
-        )
-        batches = distribute.distribute_dataset(pipeline.dataset(), strategy)
-        parts = [predict_batch(batch) for batch in batches]
+        source = data_lib.ArraySource(dict(examples))
+        count, size = source.num_examples, replicas
+        while size < min(count, most):
+            size = min(4 * size, most)
+
+        def load(start: int, context: Any) -> Any:
+            index = np.arange(start, start + size).reshape([replicas, -1])
+            index = index[context.replica_id_in_sync_group]
+            with tf.device("CPU:0"):  # where the arrays lie
+                return source.gather(index % count), tf.constant(index < count)
+
+        parts = [
+            predict_batch(*deal(functools.partial(load, start)))
+            for start in range(0, count, size)
+        ]
 
         def joined(*leaves: Any) -> np.ndarray:
-            copies = [strategy.experimental_local_results(leaf) for leaf in leaves]
-            rows = np.concatenate([each.numpy() for part in copies for each in part])
-            return rows[: pipeline.num_examples]
+            copies = map(strategy.experimental_local_results, leaves)
+            return np.concatenate([*itertools.chain(*copies)])[:count]
 
         return tf.nest.map_structure(joined, *parts)
 

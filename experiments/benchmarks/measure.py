@@ -347,9 +347,13 @@ def _keep(
 
 def _ask_once(workers: Mapping[Run, Worker], records: Records) -> None:
     """Asks for what needs no blocks in turn."""
+    counted = set()
     for run, worker in workers.items():
         if not records[run].error and run.scaling == "none":
             with _noting(records[run]):
+                if run.policy not in counted:  # the same for all systems
+                    counted.add(run.policy)
+                    records[run].facts |= worker.ask("flops")
                 saves = worker.ask("checkpoint", count=3)["secs"]
                 records[run].checkpoint_s = saves
                 records[run].predict_ms = worker.ask("predict", count=30)["ms"]
@@ -375,7 +379,8 @@ def _take_blocks(
         return
     count = block_length(secs_each.values(), block_secs)
     runs = list(secs_each)
-    say(f"{runs[0].work}: {rounds} rounds of {len(runs)} blocks of {count} {do.rstrip('s')}s")
+    blocks = f"{len(runs)} blocks of {count} {do.rstrip('s')}s"
+    say(f"{runs[0].work}: {rounds} rounds of {blocks}")
     for number in range(-1, rounds):
         first = number % len(runs)
         for run in runs[first:] + runs[:first]:
@@ -383,8 +388,9 @@ def _take_blocks(
             if record.error:
                 continue
             with _noting(record):
-                secs = workers[run].ask(do, count=count)["secs"]
-                record.counts[do] = count
+                answer = workers[run].ask(do, count=count)
+                secs, record.counts[do] = answer["secs"], count
+                record.facts |= {"steps_per_call": answer.get("steps_per_call", 1)}
                 if number >= 0:
                     record.ms.setdefault(do, []).append(1e3 * secs / count)
 

@@ -27,7 +27,8 @@ class System:
     """
 
     model: keras.Model
-    steps_per_call = 1
+    optimizer: keras.optimizers.Optimizer
+    steps_per_call = 1  # of the host
 
     def __init__(self, work: str, policy: str, dynamic: bool, jit_compile: Any = None):
         self.work, self.policy, self.dynamic = works.WORKS[work], policy, dynamic
@@ -59,7 +60,10 @@ class System:
         """Returns batches (x, y), for ever, in the order of the arrays."""
         data = tf.data.Dataset.from_tensor_slices((self.arrays["x"], self.arrays["y"]))
         data = data.cache().repeat().batch(self.work.batch_size, drop_remainder=True)
-        return data.prefetch(tf.data.AUTOTUNE)
+        options = tf.data.Options()
+        # Its thread holds up the end of an iterator, and so of `fit`, by half a second.
+        options.autotune.enabled = False
+        return data.prefetch(4).with_options(options)
 
     def loss(self) -> float:
         """Returns the mean loss of the first batch, dropout off."""
@@ -75,13 +79,7 @@ class System:
             "parameters": self.model.count_params(),
             "batch_size": size,
             "bytes_per_step": num_bytes,
-            "flops_per_step": None if self.name != "raw" else self.flops(),
-            "fixed_steps_per_call": self.steps_per_call,
         }
-
-    @property
-    def name(self) -> str:
-        return next(name for name, kind in SYSTEMS.items() if type(self) is kind)
 
     def flops(self) -> float:
         """Returns the operations of matrix products and convolutions in a step."""
@@ -180,7 +178,6 @@ class Raw(System):
 class KerasFit(System):
     """`Model.fit`, with the number of steps per execution that is fastest here."""
 
-    _CANDIDATES = (1, 8, 64)
 
     def build(self) -> None:
         self.model = self.make_model()
@@ -206,10 +203,11 @@ class KerasFit(System):
     def run(self, num_steps: int) -> None:
         if not self._chosen and num_steps > works.NUM_BATCHES:  # the first to be timed
             self._chosen = True
+            candidates = (1, 64) if num_steps >= 64 else (1, 8)
             self.steps_per_call = min(
-                [n for n in self._CANDIDATES if n <= num_steps],
-                key=lambda n: self._secs_with(n, num_steps))
-            self._set_steps_per_execution(self.steps_per_call)
+                candidates, key=lambda n: self._secs_with(n, num_steps))
+            if self.steps_per_call != candidates[-1]:
+                self._set_steps_per_execution(self.steps_per_call)
         super().run(num_steps)
 
     def _secs_with(self, steps_per_execution: int, num_steps: int) -> float:
@@ -286,6 +284,7 @@ class Mpl(System):
         self.experiment = Benchmark()
         self.experiment.setup(config, tf.distribute.OneDeviceStrategy(device))
         self.model = self.experiment.model
+        self._update: Any = None
 
     def in_order(self) -> works.Arrays:
         """Returns the arrays so that mpl's first epoch has the others' order."""
@@ -311,6 +310,13 @@ class Mpl(System):
         return lambda x: predict({"x": x})
 
     def time_updates(self, count: int) -> float | None:
+        run = self.experiment.strategy.run
+        if self._update is None:
+            self._update = self._make_update()
+            run(self._update, args=(tf.constant(1),))
+        return _secs(lambda: run(self._update, args=(tf.constant(count),)))
+
+    def _make_update(self) -> Callable:
         import mpl
 
         weights, optimizer = self.experiment.weights, self.experiment.optimizer
@@ -318,17 +324,14 @@ class Mpl(System):
         params = weights.cast()
         with weights.bound(params) as forward:
             optimizer.scale_loss(output, forward)
-        gradients = [1e-3 * tf.ones(param.shape) for param in params]
+        gradients = [1e-3 * tf.ones(param.shape, param.dtype) for param in params]
 
         @tf.function
         def update(num_steps):
             for _ in tf.range(num_steps):
                 optimizer.apply(gradients, forward)
 
-        with self.experiment.strategy.scope():
-            run = self.experiment.strategy.run
-            run(update, args=(tf.constant(1),))
-            return _secs(lambda: run(update, args=(tf.constant(count),)))
+        return update
 
 
 SYSTEMS = {"mpl": Mpl, "raw": Raw, "keras_fit": KerasFit, "orbit": Orbit}

@@ -56,7 +56,8 @@ def _reply(system: Any, do: str, count: int = 1) -> dict[str, Any]:
     if do == "steps":
         began = time.perf_counter()
         system.run(count)
-        return {"count": count, "secs": time.perf_counter() - began}
+        secs = time.perf_counter() - began
+        return {"count": count, "secs": secs, "steps_per_call": system.steps_per_call}
     if do == "loss":
         return {"loss": system.loss(), "steps": system.steps}
     if do == "memory":
@@ -65,6 +66,8 @@ def _reply(system: Any, do: str, count: int = 1) -> dict[str, Any]:
         return {"secs": system.time_checkpoints(count)}
     if do == "predict":
         return {"ms": system.time_predictions(count), "batch_size": 1}
+    if do == "flops":
+        return {"flops_per_step": system.flops()}
     if do == "update":
         return {"count": count, "secs": system.time_updates(count)}
     raise ValueError(f"unknown request {do!r}")

@@ -72,7 +72,7 @@ def _dense(shape: int, *units: int) -> Callable[[], keras.Model]:
     return build
 
 
-class _Sum(layers.Layer):
+class _Sum(keras.layers.Layer):
     """x · Σ of many small matrices, so that the update is nearly all the work."""
 
     def __init__(self, count: int):
@@ -135,7 +135,7 @@ def _resnet50() -> keras.Model:
     return keras.Model(body.input, outputs)
 
 
-class _Block(layers.Layer):
+class _Block(keras.layers.Layer):
     """A causal transformer block with the normalisation first."""
 
     def __init__(self, width: int, num_heads: int):
@@ -285,4 +285,5 @@ WORKS = {
                    loss=crossentropy),
 }
 DEFAULT = ("tiny", "deep", "mlp", "cnn", "gpt")
-FULL = (*DEFAULT, "vars10", "vars100", "vars1000", "resnet", "lstm", "recommender", "mf")
+FULL = (*DEFAULT, "vars10", "vars100", "vars1000", "resnet", "lstm", "recommender",
+        "mf")

@@ -3,7 +3,7 @@ Leaves: global batches in an order that is a function of (seed, epoch, position)
 Next: `mpl.precision` says in which dtypes they are computed with.
 """
 
-from mpl.data.pipeline import DataContext, Pipeline
+from mpl.data.pipeline import DataContext, Pipeline, weighted
 from mpl.data.source import ArraySource, DatasetSource, Source, as_source
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "Pipeline",
     "Source",
     "as_source",
+    "weighted",
 ]

@@ -1,8 +1,7 @@
 """The order of the examples, and the batches made of them."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import os
 
 import tensorflow as tf
 from absl import logging
@@ -10,7 +9,10 @@ from absl import logging
 from mpl.data.source import ArraySource, Batch, Source
 from mpl.errors import ConfigError
 
+# Small batches are made many at a time: what it costs to start a few operations and
+# to wake a thread is more than the operations themselves take.
 _CHUNK_BYTES, _CHUNK_BATCHES = 2**20, 64
+_fold_in = tf.random.experimental.stateless_fold_in  # another seed for each number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +82,9 @@ class Pipeline:
         self._seed = seed
         self._shuffle = shuffle
         self._repeat = repeat
-        self.num_examples: int | None = source.num_examples
-        self.batches_per_epoch: int | None = None
-        if self.num_examples is not None:
-            self.batches_per_epoch = -(-self.num_examples // global_batch_size)
+        self.num_examples = count = source.num_examples
+        size = global_batch_size
+        self.batches_per_epoch = None if count is None else -(-count // size)
         if shuffle and not isinstance(source, ArraySource):
             logging.warning(
                 "`shuffle` is left to the tf.data.Dataset: its examples come in its "
@@ -106,19 +107,24 @@ class Pipeline:
             batches = self._indexed(self._source, position)
         else:
             batches = self._in_order(self._source.dataset, position)
-            batches = batches.prefetch(tf.data.AUTOTUNE)
         options = tf.data.Options()
         options.deterministic = True
-        # What is prefetched here is prefetched below, and nothing a second time.
+        # Here it is known what to prefetch.
         options.experimental_optimization.inject_prefetch = False
+        # A trainer may then wait for a batch where it stands (see loop/inner_loop.py).
+        options.threading.private_threadpool_size = os.cpu_count() or 1
         # Workers split each batch between them, not the files.
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.DATA
         )
+        if self._repeat:
+            endless = tf.data.experimental.assert_cardinality(
+                tf.data.INFINITE_CARDINALITY)
+            batches = batches.apply(endless)
         return batches.with_options(options)
 
     def _indexed(self, source: ArraySource, position: int) -> tf.data.Dataset:
-        """Small batches are read by the chunk: an epoch has `chunks` of `chunk`."""
+        """The batches, read in `chunks` of at most `chunk` in each epoch."""
         assert self.batches_per_epoch is not None
         num_examples = tf.constant(source.num_examples, tf.int64)
         batches_per_epoch, size = self.batches_per_epoch, self._batch_size
@@ -126,72 +132,61 @@ class Pipeline:
         chunks = -(-batches_per_epoch // max(1, chunk))
         chunk = -(-batches_per_epoch // chunks)
 
-        def epoch_key(epoch: tf.Tensor) -> tf.Tensor:
-            return _fold_in(tf.constant([0, self._seed]), epoch)
-
-        def load(number: tf.Tensor) -> Any:
+        def load(number: tf.Tensor) -> Batch | tuple[Batch, tf.Tensor]:
             epoch, first = number // chunks, number % chunks * chunk
             last = tf.minimum(first + chunk, batches_per_epoch)
             index = tf.range(first * size, last * size)
             record = index % num_examples
             if self._shuffle:
-                record = tf.random.experimental.index_shuffle(
-                    record, epoch_key(epoch), num_examples - 1
-                )
-            examples, real = source.gather(record), index < num_examples
-            return (examples, real) if source.transform else _weighted(examples, real)
+                shuffle, key = tf.random.experimental.index_shuffle, self._key(epoch)
+                record = shuffle(record, key, num_examples - 1)
+            batch = source.gather(record), index < num_examples
+            return batch if source.transform else weighted(*batch)
 
         def transform(position: tf.Tensor, batch: tuple[Batch, tf.Tensor]) -> Batch:
             assert source.transform is not None
-            key = epoch_key(position // batches_per_epoch)
-            seed = _fold_in(key, position % batches_per_epoch)
-            examples = source.transform(batch[0], seed)
+            epoch, number = position // batches_per_epoch, position % batches_per_epoch
+            examples = source.transform(batch[0], _fold_in(self._key(epoch), number))
             examples = {n: _ensure_batch(t, size) for n, t in examples.items()}
-            return _weighted(examples, batch[1])
+            return weighted(examples, batch[1])
 
-        epoch, batch = divmod(position, batches_per_epoch)
-        start = epoch * chunks + batch // chunk
+        epoch, number = divmod(position, batches_per_epoch)
         stop = tf.int64.max if self._repeat else chunks
-        batches = _map(tf.data.Dataset.range(start, stop), load)
-        batches = batches.rebatch(size, drop_remainder=True).skip(batch % chunk)
+        batches = tf.data.Dataset.range(epoch * chunks + number // chunk, stop)
+        batches = batches.map(load, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = batches.rebatch(size, drop_remainder=True).skip(number % chunk)
         if source.transform is not None:
-            batches = _map(batches.enumerate(position), transform)
-        # Handing a small batch from thread to thread costs more than slicing a chunk.
-        small = chunk > 1 and source.transform is None
-        return batches if small else batches.prefetch(tf.data.AUTOTUNE)
+            batches = batches.enumerate(position)
+            batches = batches.map(transform, num_parallel_calls=tf.data.AUTOTUNE)
+        elif chunk > 1:  # the next chunk is on its way, and cut without a copy
+            return batches
+        return batches.prefetch(tf.data.AUTOTUNE)
+
+    def _key(self, epoch: tf.Tensor) -> tf.Tensor:
+        return _fold_in(tf.constant([0, self._seed]), epoch)
 
     def _in_order(self, examples: tf.data.Dataset, position: int) -> tf.data.Dataset:
         def fill_up(examples: Batch) -> Batch:
             count = tf.shape(next(iter(examples.values())))[0]
             index = tf.range(self._batch_size)
             filled = {n: tf.gather(t, index % count) for n, t in examples.items()}
-            return _weighted(filled, index < count)
+            return weighted(filled, index < count)
 
-        batches = _map(examples.batch(self._batch_size), fill_up)
+        batches = examples.batch(self._batch_size)
+        batches = batches.map(fill_up, num_parallel_calls=tf.data.AUTOTUNE)
         if self._repeat:
             if self.batches_per_epoch is not None:
                 position %= self.batches_per_epoch
             batches = batches.repeat()
-        return batches.skip(position)
+        return batches.skip(position).prefetch(tf.data.AUTOTUNE)
 
 
-def _map(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
-    return dataset.map(
-        function, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-    )
-
-
-def _weighted(examples: Batch, real: tf.Tensor) -> Batch:
+def weighted(examples: Batch, real: tf.Tensor) -> Batch:
     """The batch with the weights of its examples; what is not real weighs 0."""
     weight = tf.cast(real, tf.float32)
     if "weight" in examples:
         weight *= tf.cast(examples["weight"], tf.float32)
     return {**examples, "weight": weight}
-
-
-def _fold_in(seed: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    """Another int32 [2] seed for each number."""
-    return tf.random.experimental.stateless_fold_in(seed, number)
 
 
 def _ensure_batch(tensor: tf.Tensor, size: int) -> tf.Tensor:

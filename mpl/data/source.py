@@ -33,8 +33,10 @@ class ArraySource:
     ):
         numpy_arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self.num_examples = _check(numpy_arrays)
-        self.example_bytes = sum(map(_num_bytes, numpy_arrays.values()))
-        self.example_bytes //= self.num_examples
+        num_bytes = sum(
+            sum(map(len, array.flat)) if array.dtype.kind == "O" else array.nbytes
+            for array in numpy_arrays.values())
+        self.example_bytes = num_bytes // self.num_examples
         self.transform = transform
         with tf.device("CPU:0"):  # where tf.data reads it
             self._arrays = {name: tf.constant(a) for name, a in numpy_arrays.items()}
@@ -142,10 +144,6 @@ def _dtype(name: str, array: np.ndarray) -> tf.DType:
         f"Array `{name}` holds {'Python objects' if is_object else array.dtype}.",
         "Give numbers or strings of one dtype and one shape.",
     )
-
-
-def _num_bytes(array: np.ndarray) -> int:
-    return sum(map(len, array.flat)) if array.dtype.kind == "O" else array.nbytes
 
 
 def _check_weight(array: np.ndarray, dtype: tf.DType) -> None:

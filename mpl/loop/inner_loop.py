@@ -32,7 +32,7 @@ class StepIterator:
     """The iterator a step sees: `next` gives it a batch and advances the position.
 
     Args:
-        iterator: A `tf.data.Iterator` or a distributed one.
+        take: Gives the next batch of an iterator.
         position: int64 variable that counts the batches, or None.
         around: The graph around that of a traced step, where its batches are taken;
             None: they are taken where `next` stands.
@@ -40,8 +40,8 @@ class StepIterator:
             traced twice, with the same batches.
     """
 
-    def __init__(self, iterator: Any, position: Any, around: Any, taken: list):
-        self._iterator, self._position = iterator, position
+    def __init__(self, take: Callable, position: Any, around: Any, taken: list):
+        self._take, self._position = take, position
         self._around, self._taken = around, taken
         self._graph, self._count = _graph(), 0
 
@@ -52,11 +52,11 @@ class StepIterator:
         if self._graph is not _graph():  # in a tf.while or tf.cond of the step
             self._around = None  # for good, or batches would change places
         if self._around is None:
-            batch = next(self._iterator)
+            batch = self._take()
         else:
             if self._count == len(self._taken):
                 with self._around.as_default():
-                    self._taken.append(next(self._iterator))
+                    self._taken.append(self._take())
             batch = self._taken[self._count]
             self._count += 1
         if self._position is not None:
@@ -114,7 +114,7 @@ class InnerLoop:
         self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
         self.state: Any = None
-        self._endless = False
+        self._endless, self._waits = False, ()
 
     def run(
         self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None
@@ -134,6 +134,7 @@ class InnerLoop:
             datasets = make_dataset()
             self.iterators = tf.nest.map_structure(_iterator, datasets)
             self._endless = all(map(_is_endless, tf.nest.flatten(datasets)))
+            self._waits = tuple(map(_has_own_threads, tf.nest.flatten(datasets)))
         if positions is None:
             positions = tf.nest.map_structure(lambda _: None, self.iterators)
         tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
@@ -170,8 +171,9 @@ class InnerLoop:
     def _run_step(self, iterators: Any) -> Any:
         apart = tf.inside_function() and not self._endless
         around = _graph() if apart else None
-        each = zip(tf.nest.flatten(iterators), tf.nest.flatten(self._positions))
-        parts: list = [(iterator, position, around, []) for iterator, position in each]
+        takes = map(_taker, tf.nest.flatten(iterators), self._waits)
+        each = zip(takes, tf.nest.flatten(self._positions))
+        parts: list = [(take, position, around, []) for take, position in each]
 
         def step(iterators_taken_from: Any) -> Any:
             views = [StepIterator(*part) for part in parts]
@@ -211,3 +213,32 @@ def _is_endless(dataset: Any) -> bool:
     except TypeError as error:  # the only word that a distributed dataset has for it
         return "infinite" in str(error)
     return False
+
+
+def _has_own_threads(dataset: Any) -> bool:
+    if not isinstance(dataset, tf.data.Dataset):
+        return False
+    specs = tf.nest.flatten(dataset.element_spec)
+    dense = all(isinstance(spec, tf.TensorSpec) for spec in specs)
+    return dense and bool(dataset.options().threading.private_threadpool_size)
+
+
+def _taker(iterator: Any, waits: bool) -> Callable[[], Any]:
+    """Returns a function that takes a batch from an iterator.
+
+    In a graph TensorFlow waits for a batch on a thread of its own, lest the data need
+    the one that waits: two changes of thread a step. With `waits`, the data have
+    threads of their own.
+    """
+    if not (waits and tf.inside_function()):
+        return lambda: next(iterator)
+    resource, = tf.nest.flatten(iterator, expand_composites=True)
+    specs = tf.nest.flatten(iterator.element_spec)
+
+    def take() -> Any:
+        tensors = tf.raw_ops.IteratorGetNextSync(
+            iterator=resource, output_types=[spec.dtype for spec in specs],
+            output_shapes=[spec.shape for spec in specs])
+        return tf.nest.pack_sequence_as(iterator.element_spec, tensors)
+
+    return take

@@ -69,6 +69,9 @@ class LossScale(tf.Module):
             active: bool scalar; False (no example had weight) changes nothing.
         """
 
+    def grow(self) -> None:
+        """Ends a finite step as `adjust(True)` does, in fewer operations."""
+
     def register(self) -> int:
         """Counts one more optimizer that will use this scale.
 
@@ -84,8 +87,13 @@ class LossScale(tf.Module):
         self._num_sharers += 1
         return self._num_sharers - 1
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several optimizers have registered."""
+        return self._num_sharers > 1
+
     def adjust_shared(self, index: int, finite: Flag, active: Flag = True) -> None:
-        """Ends one optimizer's part of a step; the last one's adjusts the scale.
+        """Ends one sharer's part of a step; the last one's adjusts the scale.
 
         The scale is adjusted once all registered optimizers have contributed, on
         the AND of their flags. An inactive part counts as contributed, but its flag
@@ -182,10 +190,17 @@ class DynamicLossScale(LossScale):
         # int64, not int32: TensorFlow keeps int32 variables off the GPU, where a
         # compiled step could not reach them.
         self._value = _variable(np.float32(initial), "scale")
-        self.good_steps = _variable(np.int64(0), "good_steps")
-        self.bad_steps = _variable(np.int64(0), "bad_steps")
+        self._steps = _variable(np.zeros(2, np.int64), "steps")  # good ones, bad ones
         # Of a round of sharers: bit mask of who contributed, active parts, bad ones.
         self._round = _variable(np.zeros(3, np.int64), "round")
+
+    @property
+    def good_steps(self) -> tf.Tensor:
+        return self._steps[0]
+
+    @property
+    def bad_steps(self) -> tf.Tensor:
+        return self._steps[1]
 
     def next_state(self, finite: Flag, scale: Any, good: Any, bad: Any) -> tuple:
         """Returns (scale, good_steps, bad_steps) after a step, by the class's rule.
@@ -204,10 +219,19 @@ class DynamicLossScale(LossScale):
     def adjust(self, finite: Flag, active: Flag = True) -> None:
         """Moves the scale by the rule of the class (see `LossScale.adjust`)."""
         # Branchless: a collective or a host round trip may not hang on the flag.
-        state = self._value, self.good_steps, self.bad_steps
-        old = [variable.read_value() for variable in state]
-        for variable, before, after in zip(state, old, self.next_state(finite, *old)):
-            variable.assign(tf.where(active, after, before))
+        scale, steps = self._value.read_value(), self._steps.read_value()
+        new_scale, *new_steps = self.next_state(finite, scale, *tf.unstack(steps))
+        self._value.assign(tf.where(active, new_scale, scale))
+        self._steps.assign(tf.where(active, tf.stack(new_steps), steps))
+
+    def grow(self) -> None:
+        """Ends a finite step (see `LossScale.grow`)."""
+        self._in_use = True
+        steps = self._steps + np.array([1, 0])
+        grows = steps[0] >= self.period
+        self._steps.assign(tf.where(grows, tf.zeros_like(steps), steps))
+        factor = tf.where(grows, self.factor, 1.0)
+        self._value.assign(tf.minimum(self._value * factor, self.maximum))
 
     def adjust_shared(self, index: int, finite: Flag, active: Flag = True) -> None:
         """Adjusts once all have contributed (see `LossScale.adjust_shared`)."""

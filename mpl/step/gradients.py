@@ -58,6 +58,7 @@ def apply_together(
             "Apply them inside the function that `strategy.run` calls.",
         )
     optimizers = [optimizer for optimizer, _, _ in updates]
+    alone = [o for o in optimizers if not o.loss_scale.is_shared]
     prepared = [_prepare(context, *update) for update in updates]
     # A sum is finite only if all its terms are; it is not where no example has weight.
     flags = [tf.math.is_finite(part.health) for part in prepared]
@@ -70,11 +71,16 @@ def apply_together(
         parts = [Prepared(**part) for part in parts]
         finite = first(finite)
         weights = [first(part.sums[1]) for part in parts if part.sums]
-        active = functools.reduce(tf.logical_and, [w != 0 for w in weights], True)
+
+        def active() -> tf.Tensor:
+            flags = [weight != 0 for weight in weights] or [tf.constant(True)]
+            return functools.reduce(tf.logical_and, flags)
 
         def update() -> tf.Tensor:
             for optimizer, part in zip(optimizers, parts):
                 optimizer.update(strategy, part, first(part.norm))
+            for optimizer in alone:
+                optimizer.loss_scale.grow()
             return tf.constant(0)
 
         # Not part of the graph around it, which walks through what it does not take.
@@ -82,15 +88,15 @@ def apply_together(
         def skip() -> tf.Tensor:
             for optimizer, part in zip(optimizers, parts):
                 checks = _checks(optimizer, tf.nest.map_structure(first, vars(part)))
-                optimizer.skip(strategy, part, active, checks, first(part.norm))
+                optimizer.skip(strategy, part, active(), checks, first(part.norm))
+            for optimizer in alone:
+                optimizer.loss_scale.adjust(False, active())
             return tf.constant(0)
 
         tf.cond(finite, update, skip)
-        for optimizer in {id(o.loss_scale): o for o in optimizers}.values():
-            shares = [o.share for o in optimizers if
-                      o.loss_scale is optimizer.loss_scale]
-            for share in shares:
-                optimizer.loss_scale.adjust_shared(share, finite, active)
+        for optimizer in optimizers:
+            if optimizer not in alone:
+                optimizer.loss_scale.adjust_shared(optimizer.share, finite, active())
 
     parts = [dict(vars(part)) for part in prepared]
     context.merge_call(commit, args=(parts, finite))
@@ -119,11 +125,12 @@ def _prepare(
     sums, state = _reduce_scalars(context, optimizer, forward)
     wide = tf.float64 in [bucket.variable.dtype for bucket in optimizer.buckets]
     dtype = tf.float64 if wide else tf.float32
-    factor = 1.0 / tf.cast(forward.scale, dtype)
+    factor = tf.constant(1.0, dtype)
     if sums:
         loss_sum, weight_sum = sums
         forward.loss = tf.math.divide_no_nan(loss_sum, weight_sum)
-        factor *= tf.cast(optimizer.nominal_weight / weight_sum, dtype)
+        factor = tf.cast(optimizer.nominal_weight / weight_sum, dtype)
+    factor /= tf.cast(forward.scale, dtype)
     unscaled = []
     for gradient, bucket in zip(summed, optimizer.buckets):
         if isinstance(gradient, tf.IndexedSlices):
@@ -132,7 +139,8 @@ def _prepare(
         if optimizer.weights is not None:
             gradient = _add_regularizers(bucket, gradient)
         unscaled.append(gradient)
-    squares = 2 * tf.add_n([tf.cast(tf.nn.l2_loss(_values(g)), dtype) for g in unscaled])
+    halves = [tf.cast(tf.nn.l2_loss(_values(g)), dtype) for g in unscaled]
+    squares = 2 * tf.add_n(halves)
     norm, clip = tf.sqrt(squares), None
     if optimizer.clip_norm is not None:
         limit = tf.constant(optimizer.clip_norm, dtype)

@@ -169,10 +169,13 @@ class LossScaleOptimizer(tf.Module):
             return self.loss_scale.scale(loss)
         forward.scale = tf.convert_to_tensor(self.loss_scale.value)
         forward.loss_sum, forward.weight_sum = state_lib.weighted_sums(loss)
-        total = forward.loss_sum
+        dtype = forward.loss_sum.dtype
+        factor = tf.cast(forward.scale, dtype) / self.nominal_weight
+        # The scale is put on the weights: they are then the gradient of the losses.
+        total = tf.reduce_sum(loss.per_example * (tf.cast(loss.weights, dtype) * factor))
         for penalty in forward.penalties:
-            total += tf.cast(penalty, total.dtype) * forward.weight_sum
-        return total / self.nominal_weight * tf.cast(forward.scale, total.dtype)
+            total += tf.cast(penalty, dtype) * (forward.weight_sum * factor)
+        return total
 
     @tf.autograph.experimental.do_not_convert
     def apply(
@@ -244,7 +247,9 @@ class LossScaleOptimizer(tf.Module):
         rule = fused_lib.rule(self.inner)
         slots_lib.advance(self.inner)
         for number, bucket in enumerate(self.buckets):
-            def update_one(variable, gradient, clip, rate, number=number, bucket=bucket):
+            def update_one(
+                variable, gradient, clip, rate, number=number, bucket=bucket
+            ):
                 rate = tf.cast(rate, variable.dtype)
                 if bucket.kind.multiplier != 1.0:
                     rate *= bucket.kind.multiplier
@@ -304,14 +309,13 @@ class LossScaleOptimizer(tf.Module):
             strategy.extended.update(entry.value, _assign, (value,), group=False)
         bad = ~tf.math.is_finite(checks)
         # -1: another optimizer's gradients were bad, see `apply_together`.
-        position = tf.where(
-            tf.reduce_any(bad), tf.argmax(tf.cast(bad, tf.int32)), tf.constant(-1, tf.int64))
-        is_nan = tf.reduce_any(tf.math.is_nan(checks[:tf.maximum(position, 0) + 1]))
-        counted = tf.cast(active, tf.int64)
+        first = tf.argmax(tf.cast(bad, tf.int32))
+        is_nan = tf.cast(tf.math.is_nan(tf.gather(checks, first)), tf.int64)
+        position = tf.where(tf.reduce_any(bad), first, -tf.ones_like(first))
         counts = self._counts.read_value()
-        new = tf.stack([counts[0] + 1, position, tf.cast(is_nan, tf.int64)])
+        new = tf.stack([counts[0] + 1, position, is_nan])
         self._counts.assign(tf.where(active, new, counts))
-        self._row.assign(self._row + counted)
+        self._row.assign_add(tf.cast(active, tf.int64))
         norm = tf.where(active, tf.cast(norm, tf.float32), self._grad_norm)
         self._grad_norm.assign(norm)
 

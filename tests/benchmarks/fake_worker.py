@@ -29,7 +29,7 @@ def answer(event, **values):
 
 ms, steps = options["ms"], 1
 answer("ready", first_step_s=2.0 * ms, batch_size=32, variables=4, parameters=1000,
-       bytes_per_step=128, flops_per_step=1e6, fixed_steps_per_call=1, import_s=0.5)
+       bytes_per_step=128, import_s=0.5)
 for line in sys.stdin:
     request = json.loads(line)
     do, count = request["do"], request.get("count")
@@ -49,6 +49,8 @@ for line in sys.stdin:
             answer("loss", loss=options.get("loss", 2.5), steps=steps)
         case "memory":
             answer("memory", peak_rss_mb=100.0 * ms, allocator_peak_mb=None)
+        case "flops":
+            answer("flops", flops_per_step=1e6)
         case "checkpoint":
             answer("checkpoint", secs=[0.25] * count)
         case "predict":

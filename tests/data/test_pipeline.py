@@ -51,19 +51,94 @@ def _real(batches):
     ]
 
 
-def test_the_order_is_the_documented_function():
-    pipeline = _indexed(seed=3)
-    for epoch, batch in [(0, 0), (1, 2)]:
-        index = np.arange(batch * BATCH, (batch + 1) * BATCH)
-        expected = tf.random.experimental.index_shuffle(
-            tf.constant(index % NUM_EXAMPLES),
-            tf.random.experimental.stateless_fold_in(tf.constant([0, 3]), epoch),
-            tf.constant(NUM_EXAMPLES - 1, tf.int64),
-        )
-        (read,) = _read(pipeline, 1, epoch * EPOCH + batch)
-        np.testing.assert_array_equal(read["x"], expected)
-        np.testing.assert_array_equal(read["image"][:, 1], expected)
-        np.testing.assert_array_equal(read["weight"], index < NUM_EXAMPLES)
+def _documented(arrays, batch_size, seed, shuffle, position):
+    """The batch at a position and the seed of its transform, as the class says."""
+    num_examples = len(arrays["x"])
+    epoch, batch = divmod(position, -(-num_examples // batch_size))
+    index = np.arange(batch * batch_size, (batch + 1) * batch_size)
+    fold_in = tf.random.experimental.stateless_fold_in
+    key = fold_in(tf.constant([0, seed]), tf.constant(epoch, tf.int64))
+    record = tf.constant(index % num_examples)
+    if shuffle:
+        last = tf.constant(num_examples - 1, tf.int64)
+        record = tf.random.experimental.index_shuffle(record, key, last)
+    batch_seed = fold_in(key, tf.constant(batch, tf.int64))
+    examples = {name: array[record.numpy()] for name, array in arrays.items()}
+    weight = examples.get("weight", np.ones(1)).astype(np.float32)
+    return {**examples, "weight": weight * (index < num_examples)}, batch_seed
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "width", "positions"),
+    [
+        (22, 8, 2, range(8)),
+        (1, 3, 1, range(3)),  # an epoch is less than a batch
+        (5, 1, 1, [0, 4, 5, 3 * 10**17]),
+        (521, 4, 3, [0, 1, 43, 44, 60, 130, 131, 5 * 131 + 129]),  # chunks of 44
+        (40, 4, 2**14, [0, 6, 7, 9, 10, 19]),  # chunks of 4
+        (6, 2, 2**17, [0, 2, 3]),  # no chunks
+    ],
+)
+def test_the_order_is_the_documented_function(
+    num_examples, batch_size, width, positions, augmented
+):
+    arrays = {"x": np.arange(num_examples, dtype=np.int32)}
+    arrays["image"] = np.repeat(arrays["x"][:, None] % 2**15, width, 1).astype(np.int16)
+    if num_examples % 2:
+        arrays["weight"] = np.linspace(0, 1, num_examples)
+
+    def noise(batch, seed):
+        return {**batch, "noise": tf.random.stateless_uniform([batch_size], seed)}
+
+    source = ArraySource(arrays, noise if augmented else None)
+    for position, shuffle in zip(positions, itertools.cycle([True, True, False])):
+        settings = dict(seed=position % 7, shuffle=shuffle)
+        pipeline = Pipeline(
+            source, global_batch_size=batch_size, repeat=True, **settings)
+        for number, read in enumerate(_read(pipeline, 3, position)):
+            expected, seed = _documented(
+                arrays, batch_size, position=position + number, **settings)
+            if augmented:
+                expected = noise(expected, seed)
+            assert read.keys() == expected.keys()
+            for name, value in expected.items():
+                assert name == "weight" or read[name].dtype == value.dtype
+                np.testing.assert_array_equal(read[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("num_examples, batch_size", [(521, 4), (6, 2)])
+def test_every_position_continues_what_came_before(num_examples, batch_size, repeat):
+    pipeline = Pipeline(
+        ArraySource({"x": np.arange(num_examples)}),
+        global_batch_size=batch_size,
+        shuffle=True,
+        repeat=repeat,
+    )
+    epoch = pipeline.batches_per_epoch
+    straight = _order(pipeline, 2 * epoch + 3)
+    assert len(straight) == (2 * epoch + 3 if repeat else epoch)
+    for position in [*range(0, len(straight) - 1, max(1, epoch // 9)), epoch - 1]:
+        wanted = straight[position : position + 2]
+        assert _order(pipeline, 2, position)[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("width, at_a_time", [(4, 40), (2**12, 14), (2**15, 1)])
+def test_small_batches_are_read_many_at_a_time_large_ones_alone(width, at_a_time):
+    """As even parts of an epoch, and never more than a megabyte of small ones."""
+    read = []
+
+    class Counting(ArraySource):
+        def gather(self, index):
+            batches = tf.size(index) // 16
+            tf.numpy_function(lambda n: read.append(int(n)), [batches], [])
+            return super().gather(index)
+
+    source = Counting({"x": np.zeros([16 * 80, width], np.uint8)})
+    pipeline = Pipeline(source, global_batch_size=16, shuffle=False, repeat=False)
+    assert len(_read(pipeline, 99)) == 80
+    assert max(read) == at_a_time and sum(read) == 80
 
 
 def test_the_order_depends_on_seed_and_epoch_only():

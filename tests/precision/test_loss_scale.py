@@ -135,12 +135,27 @@ def test_class_follows_its_docstring(strategy_of, replicas, compiled, merged):
     expected = documented(flags, **arguments)
     np.testing.assert_array_equal(scales, [state[0] for state in expected])
     named = {v.name.split(":")[0]: v for v in loss_scale.variables}
-    variables = (named["scale"], named["good_steps"], named["bad_steps"])
-    for variable, value in zip(variables, expected[-1]):
+    scale, *steps = expected[-1]
+    for variable, value in ((named["scale"], scale), (named["steps"], steps)):
         assert variable.aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA
         copies = strategy.experimental_local_results(variable)
         assert len(copies) == max(replicas, 1)
-        assert [copy.numpy() for copy in copies] == [value] * len(copies)
+        assert all(copy.numpy().tolist() == np.array(value).tolist() for copy in copies)
+
+
+@pytest.mark.parametrize("hysteresis", [1, 2])
+def test_grow_is_adjust_of_a_finite_step(hysteresis):
+    scales = [DynamicLossScale(initial=8.0, period=3, maximum=32.0,
+                               hysteresis=hysteresis) for _ in range(2)]
+    for finite in [True] * 4 + [False] + [True] * 13:
+        if finite:
+            scales[0].grow()
+        else:
+            scales[0].adjust(False)
+        scales[1].adjust(finite)
+        states = [(float(s.value), int(s.good_steps), int(s.bad_steps)) for s in scales]
+        assert states[0] == states[1]
+    assert float(scales[0].value) == 32.0
 
 
 def test_eager_adjust_with_python_flags():

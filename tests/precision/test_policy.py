@@ -201,6 +201,7 @@ def policies(layer):
 
 
 def test_overrides_set_the_policy_of_matching_layers_and_what_is_inside():
+    keras.utils.clear_session()  # names of layers count from here
     model = attention_model()
     policy = get_policy("mixed_bfloat16", {"attention$": "float32", "^head": "c=f16"})
     policy.apply_overrides(nested_layers(model))
