@@ -335,7 +335,7 @@ class _Trainer(trainer_lib.Trainer):
     def __init__(self, experiment: Experiment):
         eager = experiment.config.debug_eager
         super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
-        self._experiment = experiment
+        self._experiment, self._loop.one_graph = experiment, True
 
     def make_train_dataset(self) -> Any:
         """Returns the training data from the position on."""
@@ -350,7 +350,9 @@ class _Trainer(trainer_lib.Trainer):
     @tf.autograph.experimental.do_not_convert
     def train_step(self, iterator: Any) -> None:
         converted(self._experiment.train_step)(iterator)
-        self._experiment.global_step.assign_add(1)
+        # A step whose batch could not be read counts not.
+        with tf.control_dependencies([self.position.read_value()]):
+            self._experiment.global_step.assign_add(1)
 
     def train(self, num_steps: Any = -1) -> Any:
         try:

@@ -117,10 +117,6 @@ class Pipeline:
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.DATA
         )
-        if self._repeat:
-            endless = tf.data.experimental.assert_cardinality(
-                tf.data.INFINITE_CARDINALITY)
-            batches = batches.apply(endless)
         return batches.with_options(options)
 
     def _indexed(self, source: ArraySource, position: int) -> tf.data.Dataset:

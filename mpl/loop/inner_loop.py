@@ -79,7 +79,8 @@ class InnerLoop:
     Where the data may end, a traced step is a function of its own, and its batches are
     taken before it starts: nothing of a step runs for which there is no batch. (In one
     graph, whatever does not depend on the batch would: `global_step.assign_add(1)` for
-    one.) Endless data allow one graph, from which TensorFlow takes what is constant.
+    one.) With `one_graph` there is one, from which TensorFlow takes what is constant:
+    for data that never end, and steps that count only after their batch came.
 
     Args:
         step: Called with a `StepIterator` for each dataset, nested as they are.
@@ -92,6 +93,7 @@ class InnerLoop:
 
     Attributes:
         iterators: Where the next `run` goes on; None: it makes new ones.
+        one_graph: Whether a traced step is part of the loop's own graph, see above.
         done: int64 variable, how many steps the last `run` finished.
         data_ended: Whether the last `run` ended because the data did.
         state: Of `reduce`.
@@ -114,7 +116,8 @@ class InnerLoop:
         self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
         self.state: Any = None
-        self._endless, self._waits = False, ()
+        self.one_graph = False
+        self._waits: tuple[bool, ...] = ()
 
     def run(
         self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None
@@ -133,12 +136,12 @@ class InnerLoop:
         if self.iterators is None:
             datasets = make_dataset()
             self.iterators = tf.nest.map_structure(_iterator, datasets)
-            self._endless = all(map(_is_endless, tf.nest.flatten(datasets)))
             self._waits = tuple(map(_has_own_threads, tf.nest.flatten(datasets)))
         if positions is None:
             positions = tf.nest.map_structure(lambda _: None, self.iterators)
         tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
         self._positions, self.data_ended = positions, False
+        self.done.assign(0)
         try:
             limit = tf.int64.max if num_steps < 0 else num_steps
             self._block(self.iterators, tf.cast(limit, tf.int64))
@@ -155,7 +158,7 @@ class InnerLoop:
 
         def run_one(done: tf.Tensor) -> tuple[tf.Tensor]:
             # Assigned before the step, to be right when the data end in it.
-            before = [] if self._endless else [self.done.assign(done)]
+            before = [] if self.one_graph else [self.done.assign(done)]
             with tf.control_dependencies(before):
                 self._keep(self._one_step(iterators))
             return (done + 1,)
@@ -169,7 +172,7 @@ class InnerLoop:
             self.state = self._reduce(self.state, output)
 
     def _run_step(self, iterators: Any) -> Any:
-        apart = tf.inside_function() and not self._endless
+        apart = tf.inside_function() and not self.one_graph
         around = _graph() if apart else None
         takes = map(_taker, tf.nest.flatten(iterators), self._waits)
         each = zip(takes, tf.nest.flatten(self._positions))
@@ -203,16 +206,6 @@ def _iterator(dataset: Any) -> Any:
         remedy = "Use tf.data.Dataset, e.g. `from_tensor_slices` or `from_generator`."
         raise ConfigError(cause, remedy)
     return iter(dataset)
-
-
-def _is_endless(dataset: Any) -> bool:
-    if isinstance(dataset, tf.data.Dataset):
-        return int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
-    try:
-        len(dataset)
-    except TypeError as error:  # the only word that a distributed dataset has for it
-        return "infinite" in str(error)
-    return False
 
 
 def _has_own_threads(dataset: Any) -> bool:

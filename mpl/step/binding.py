@@ -96,6 +96,7 @@ class Binding:
             if variable.trainable and (id(attributes), name) not in lent:
                 lent.add((id(attributes), name))
                 self._loans.append((attributes, name))
+        self._trained_ids = _trained_ids(model)
         known = self.trainable + self.state
         self._known = {id(entry.keras_variable) for entry in known}
         self._trained = {id(entry.keras_variable) for entry in self.trainable}
@@ -138,6 +139,8 @@ class Binding:
         """Returns what differs now in the model's trainable set, or None."""
         if self._lender is not None:
             return None  # attributes are tensors now; it was checked before
+        if _trained_ids(self._model) == self._trained_ids:
+            return None  # to list them is cheaper than to look at all again
         now = {id(entry.value): entry.name for entry in Binding(self._model).trainable}
         then = {id(entry.value): entry.name for entry in self.trainable}
         gone = [f"{then[key]!r} went" for key in then if key not in now]
@@ -315,6 +318,12 @@ def _collective_of(thread: int) -> str:
         elif not any(word in path for word in library):
             return f"{name} in {part.name.removeprefix('tf__')}"  # AutoGraph's prefix
     return name
+
+
+def _trained_ids(model: Any) -> list[int]:
+    modules, layers = _find_parts(model)
+    ids = [id(variable) for _, variable, _ in modules if variable.trainable]
+    return ids + [id(v) for _, layer in layers for v in layer.trainable_variables]
 
 
 def _find_parts(root: Any) -> tuple[list, list]:

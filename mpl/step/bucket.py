@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from mpl.step import binding as binding_lib
 
-_ROW = 128  # elements; slices of a packed bucket begin on such a row
+# Elements; slices of a packed bucket begin on such a row. 32 make 64 bytes in 16 bits,
+# the alignment that TensorFlow asks for to slice without a copy.
+_ROW = 32
 _MAX_BYTES = 32 * 2**20
 
 
@@ -38,7 +41,7 @@ class Bucket:
 
     Attributes:
       kind, entries: its variables and what they have in common.
-      variable: the model's own variable, or a buffer `[rows, 128]` if packed.
+      variable: the model's own variable, or a buffer `[rows, 32]` if packed.
     """
 
     def __init__(self, kind: Kind, entries: Sequence[binding_lib.ModelVariable]):
@@ -47,28 +50,39 @@ class Bucket:
         self._shapes = [entry.value.shape for entry in self.entries]
         self._rows = [-(-shape.num_elements() // _ROW) for shape in self._shapes]
         if kind.packed:
-            buffer = self.join([entry.value for entry in self.entries])
+            buffer = self.join([value_of(entry.value) for entry in self.entries])
             self.variable = tf.Variable(buffer, trainable=False, name="bucket")
 
-    def split(self, packed: tf.Tensor | tf.Variable) -> list:
-        """Returns each entry's part of a tensor laid out like the bucket."""
+    def split(self, packed: Any) -> list:
+        """Returns each entry's part of a tensor or array laid out like the bucket."""
         if not self.kind.packed:
             return [packed]
+        if isinstance(packed, np.ndarray):
+            parts = np.split(packed, np.cumsum(self._rows)[:-1])
+            return [part.reshape(-1)[:shape.num_elements()].reshape(shape)
+                    for part, shape in zip(parts, self._shapes)]
+        # One constant for each shape: they take most of the time that tracing takes.
+        shapes = {shape: tf.constant(shape) for shape in map(tuple, self._shapes)}
         parts = tf.split(packed, self._rows)
-        return [_cut(part, shape) for part, shape in zip(parts, self._shapes)]
+        return [_cut(part, shape, shapes[tuple(shape)])
+                for part, shape in zip(parts, self._shapes)]
 
-    def join(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
-        """Returns the tensor whose `split` is `values`."""
+    def join(self, values: Sequence[Any]) -> Any:
+        """Returns the tensor, or for arrays the array, whose `split` is `values`."""
         if not self.kind.packed:
             return tf.convert_to_tensor(values[0])
-        parts, fillings = [], dict[int, tf.Tensor]()
+        arrays = all(isinstance(value, np.ndarray) for value in values)
+        zeros, concatenate, reshape, flat = (
+            (np.zeros, np.concatenate, np.reshape, -1) if arrays
+            else (tf.zeros, tf.concat, tf.reshape, tf.constant([-1])))
+        parts, fillings = [], dict[int, Any]()
         for value, rows, shape in zip(values, self._rows, self._shapes):
-            parts.append(tf.reshape(value, [-1]))
+            parts.append(reshape(value, flat))
             missing = rows * _ROW - shape.num_elements()
             if missing not in fillings:
-                fillings[missing] = tf.zeros([missing], parts[0].dtype)
+                fillings[missing] = zeros([missing], parts[0].dtype)
             parts += [fillings[missing]] * bool(missing)
-        return tf.reshape(tf.concat(parts, 0), [-1, _ROW])
+        return reshape(concatenate(parts, 0), [-1, _ROW])
 
     def squares(self, gradient: tf.Tensor) -> tf.Tensor:
         """Returns the sum of squares of each entry's part, shape `[entries]`."""
@@ -81,12 +95,17 @@ class Bucket:
             tf.reduce_sum(squared, axis=1), segments, len(self._rows))
 
 
-def _cut(part: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
-    """Returns the first elements of `part` `[rows, 128]` in a shape; copies nothing."""
+def value_of(variable: tf.Variable) -> Any:
+    """Returns a NumPy array where there is one: to cut it costs least."""
+    return variable.numpy() if tf.executing_eagerly() else variable.read_value()
+
+
+def _cut(part: tf.Tensor, shape: tf.TensorShape, constant: tf.Tensor) -> tf.Tensor:
+    """Returns the first elements of `part` `[rows, 32]` in a shape; copies nothing."""
     size = shape.num_elements()
     if size % _ROW:
         part = tf.reshape(part, [-1])[:size]
-    return part if part.shape == shape else tf.reshape(part, shape)
+    return part if part.shape == shape else tf.reshape(part, constant)
 
 
 def buckets_of(
@@ -95,11 +114,11 @@ def buckets_of(
     """Returns buckets of at most 32 MB where packed, in the order of `variables`."""
     members: list[tuple[Kind, list[binding_lib.ModelVariable]]] = []
     last: dict[Kind, list[binding_lib.ModelVariable]] = {}
+    sizes: dict[Kind, int] = {}
     for kind, entry in variables:
-        entries = last.get(kind, [])
-        size = sum(member.num_bytes for member in entries) + entry.num_bytes
-        if not (kind.packed and entries and size <= _MAX_BYTES):
-            last[kind] = entries = []
-            members.append((kind, entries))
-        entries.append(entry)
+        sizes[kind] = sizes.get(kind, 0) + entry.num_bytes
+        if not kind.packed or kind not in last or sizes[kind] > _MAX_BYTES:
+            last[kind], sizes[kind] = [], entry.num_bytes
+            members.append((kind, last[kind]))
+        last[kind].append(entry)
     return [Bucket(kind, entries) for kind, entries in members]

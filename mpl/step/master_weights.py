@@ -383,10 +383,9 @@ class MasterWeights:
         self._require_built()
         for bucket in self.buckets:
             if bucket.kind.packed:
-                for entry, value in zip(
-                    bucket.entries, bucket.split(tf.convert_to_tensor(bucket.variable))
-                ):
-                    entry.value.assign(value)
+                parts = bucket.split(bucket_lib.value_of(bucket.variable))
+                for entry, part in zip(bucket.entries, parts):
+                    entry.value.assign(part)
 
     @tf.autograph.experimental.do_not_convert
     def adopt(self) -> None:
@@ -394,5 +393,5 @@ class MasterWeights:
         self._require_built()
         for bucket in self.buckets:
             if bucket.kind.packed:
-                values = [entry.value for entry in bucket.entries]
+                values = [bucket_lib.value_of(entry.value) for entry in bucket.entries]
                 bucket.variable.assign(bucket.join(values))
