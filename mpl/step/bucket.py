@@ -62,7 +62,8 @@ class Bucket:
             return [part.reshape(-1)[:shape.num_elements()].reshape(shape)
                     for part, shape in zip(parts, self._shapes)]
         # One constant for each shape: they take most of the time that tracing takes.
-        shapes = {shape: tf.constant(shape) for shape in map(tuple, self._shapes)}
+        shapes = {shape: tf.constant(shape, tf.int32)
+                  for shape in map(tuple, self._shapes)}
         parts = tf.split(packed, self._rows)
         return [_cut(part, shape, shapes[tuple(shape)])
                 for part, shape in zip(parts, self._shapes)]

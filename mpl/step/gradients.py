@@ -25,7 +25,7 @@ class Prepared:
         for gradients of ordinary variables.
       health: scalar, finite only if all of the above is; squares of gradients above
         1.8e19 are not.
-      norm: global norm before clipping.
+      squares: of the global norm before clipping.
     """
 
     gradients: list
@@ -34,7 +34,7 @@ class Prepared:
     snapshot: list
     sums: list
     health: tf.Tensor
-    norm: tf.Tensor
+    squares: tf.Tensor
 
 
 @tf.autograph.experimental.do_not_convert
@@ -78,7 +78,7 @@ def apply_together(
 
         def update() -> tf.Tensor:
             for optimizer, part in zip(optimizers, parts):
-                optimizer.update(strategy, part, first(part.norm))
+                optimizer.update(strategy, part, first(part.squares))
             for optimizer in alone:
                 optimizer.loss_scale.grow()
             return tf.constant(0)
@@ -88,7 +88,7 @@ def apply_together(
         def skip() -> tf.Tensor:
             for optimizer, part in zip(optimizers, parts):
                 checks = _checks(optimizer, tf.nest.map_structure(first, vars(part)))
-                optimizer.skip(strategy, part, active(), checks, first(part.norm))
+                optimizer.skip(strategy, part, active(), checks, first(part.squares))
             for optimizer in alone:
                 optimizer.loss_scale.adjust(False, active())
             return tf.constant(0)
@@ -140,15 +140,14 @@ def _prepare(
             gradient = _add_regularizers(bucket, gradient)
         unscaled.append(gradient)
     halves = [tf.cast(tf.nn.l2_loss(_values(g)), dtype) for g in unscaled]
-    squares = 2 * tf.add_n(halves)
-    norm, clip = tf.sqrt(squares), None
+    squares, clip = 2 * tf.add_n(halves), None
     if optimizer.clip_norm is not None:
         limit = tf.constant(optimizer.clip_norm, dtype)
-        clip = limit / tf.maximum(limit, norm)
+        clip = limit / tf.maximum(limit, tf.sqrt(squares))
     floats = [value for value in state if value is not None and value.dtype.is_floating]
     health = tf.add_n([squares, *[tf.cast(x, dtype) for x in sums], *[
         tf.cast(tf.reduce_sum(value), dtype) for value in floats]])
-    return Prepared(unscaled, clip, state, forward.snapshot, sums, health, norm)
+    return Prepared(unscaled, clip, state, forward.snapshot, sums, health, squares)
 
 
 def _checks(optimizer: Any, part: dict) -> tf.Tensor:

@@ -100,7 +100,7 @@ class LossScaleOptimizer(tf.Module):
         # Skips, position of the last bad value, whether it was NaN.
         self._counts = _host_variable(np.zeros(3, np.int64), "counts")
         self._row = _host_variable(np.int64(0), "consecutive_skips")
-        self._grad_norm = _host_variable(np.float32(0), "grad_norm")
+        self._squares = _host_variable(np.float32(0), "squared_grad_norm")
         if weights is not None:
             weights.attach(self)
             weights.build(inner)
@@ -120,7 +120,7 @@ class LossScaleOptimizer(tf.Module):
 
     @property
     def grad_norm(self) -> tf.Tensor:
-        return tf.convert_to_tensor(self._grad_norm)
+        return tf.sqrt(self._squares)
 
     @property
     def learning_rate(self) -> tf.Tensor:
@@ -239,7 +239,7 @@ class LossScaleOptimizer(tf.Module):
         self,
         strategy: tf.distribute.Strategy,
         prepared: "gradients_lib.Prepared",
-        norm: tf.Tensor,
+        squares: tf.Tensor,
     ) -> None:
         """Updates everything; cross-replica context, and only if the step is finite."""
         extended = strategy.extended
@@ -284,7 +284,7 @@ class LossScaleOptimizer(tf.Module):
                 extended.update(entry.value, _assign, (value,), group=False)
         self.inner.iterations.assign_add(1)
         self._row.assign(0)
-        self._grad_norm.assign(tf.cast(norm, tf.float32))
+        self._squares.assign(tf.cast(squares, tf.float32))
 
     def _average(self, average: tf.Variable, master: tf.Variable) -> None:
         assert self.ema_decay is not None
@@ -296,7 +296,7 @@ class LossScaleOptimizer(tf.Module):
         prepared: "gradients_lib.Prepared",
         active: tf.Tensor | bool,
         checks: tf.Tensor,
-        norm: tf.Tensor,
+        squares: tf.Tensor,
     ) -> None:
         """Undoes what a tf.Module assigned in place, and counts; cross-replica context.
 
@@ -316,8 +316,8 @@ class LossScaleOptimizer(tf.Module):
         new = tf.stack([counts[0] + 1, position, is_nan])
         self._counts.assign(tf.where(active, new, counts))
         self._row.assign_add(tf.cast(active, tf.int64))
-        norm = tf.where(active, tf.cast(norm, tf.float32), self._grad_norm)
-        self._grad_norm.assign(norm)
+        self._squares.assign(
+            tf.where(active, tf.cast(squares, tf.float32), self._squares))
 
     def check_names(self) -> list[str]:
         """Returns what each of the checks of a step looks at."""
