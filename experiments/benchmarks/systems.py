@@ -178,7 +178,6 @@ class Raw(System):
 class KerasFit(System):
     """`Model.fit`, with the number of steps per execution that is fastest here."""
 
-
     def build(self) -> None:
         self.model = self.make_model()
         optimizer = self.work.build_optimizer()

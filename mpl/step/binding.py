@@ -12,7 +12,6 @@ import collections.abc
 import contextlib
 import dataclasses
 import os
-import re
 import sys
 import threading
 import traceback
@@ -24,6 +23,7 @@ import keras
 import tensorflow as tf
 
 from mpl import errors
+from mpl.step import names as names_lib
 
 _SEED_NAME = "seed_generator_state"
 # MirroredStrategy traces each replica on a thread of its own.
@@ -113,7 +113,7 @@ class Binding:
             for variable in layer._trainable_variables:
                 owners.setdefault(id(variable), []).append(layer)
         metrics = {id(variable) for variable in model.metrics_variables}
-        keys = canonical_names([variable.path for variable in model.variables])
+        keys = names_lib.canonical([variable.path for variable in model.variables])
         seen = {id(entry.keras_variable) for entry in self.trainable + self.state}
         trainable = {id(variable) for variable in model.trainable_variables}
         for variable, key in zip(model.variables, keys):
@@ -380,31 +380,3 @@ def _replaced(value: Any, tensors: dict[int, tf.Tensor]) -> Any:
     if isinstance(value, list):
         return [_replaced(item, tensors) for item in value]
     return value
-
-
-def canonical_names(paths: list[str]) -> list[str]:
-    """Renumbers Keras's automatic names as a fresh process would give them.
-
-    Keras counts layers through the life of a process (`dense_7`); here each parent
-    counts its own children, in order: `dense`, `dense_1`.
-    """
-    children: dict[tuple[str, ...], dict[str, str]] = {}
-    names = []
-    for path in paths:
-        parent: tuple[str, ...] = ()
-        canonical = []
-        for part in path.split("/"):
-            known = children.setdefault(parent, {})
-            if part not in known:
-                base = re.sub(r"_\d+$", "", part)
-                count = sum(re.sub(r"_\d+$", "", other) == base for other in known)
-                known[part] = f"{base}_{count}" if count else base
-            canonical.append(known[part])
-            parent += (part,)
-        names.append("/".join(canonical))
-    seen: collections.Counter[str] = collections.Counter()
-    for number, name in enumerate(names):
-        seen[name] += 1
-        if seen[name] > 1:
-            names[number] = f"{name}#{seen[name]}"
-    return names

@@ -13,20 +13,12 @@ from mpl.step import binding as binding_lib
 from mpl.step import bucket as bucket_lib
 from mpl.step import fused as fused_lib
 from mpl.step import gradients as gradients_lib
+from mpl.step import inner_optimizer as inner_lib
 from mpl.step import master_weights as master_weights_lib
+from mpl.step import names as names_lib
 from mpl.step import slots as slots_lib
 from mpl.step import sparse as sparse_lib
 from mpl.step import state as state_lib
-
-# Settings of Keras's optimizers that this one replaces, and by what.
-_REPLACED = {
-    "clipnorm": "clip_norm of LossScaleOptimizer (the global norm)",
-    "clipvalue": "clip_norm of LossScaleOptimizer",
-    "global_clipnorm": "clip_norm of LossScaleOptimizer",
-    "use_ema": "ema_decay of LossScaleOptimizer",
-    "gradient_accumulation_steps": "mpl.accumulate",
-    "loss_scale_factor": "loss_scale of LossScaleOptimizer",
-}
 
 
 class LossScaleOptimizer(tf.Module):
@@ -84,7 +76,8 @@ class LossScaleOptimizer(tf.Module):
         reduce_dtype: Any = tf.float32,
     ):
         super().__init__(name="loss_scale_optimizer")
-        _check_arguments(inner, clip_norm, ema_decay, nominal_weight)
+        inner_lib.check(inner)
+        _check_numbers(clip_norm, ema_decay, nominal_weight)
         self.inner = inner
         self.loss_scale = loss_scale_lib.get_loss_scale(
             loss_scale, weights.policy if weights else None
@@ -131,7 +124,7 @@ class LossScaleOptimizer(tf.Module):
         paths = [getattr(v, "path", None) or v.name.split(":")[0] for v in variables]
         members = []
         for variable, path, key in zip(
-            variables, paths, binding_lib.canonical_names(paths)
+            variables, paths, names_lib.canonical(paths)
         ):
             own = variable if isinstance(variable, keras.Variable) else None
             value = variable if own is None else own.value
@@ -172,7 +165,8 @@ class LossScaleOptimizer(tf.Module):
         dtype = forward.loss_sum.dtype
         factor = tf.cast(forward.scale, dtype) / self.nominal_weight
         # The scale is put on the weights: they are then the gradient of the losses.
-        total = tf.reduce_sum(loss.per_example * (tf.cast(loss.weights, dtype) * factor))
+        weights = tf.cast(loss.weights, dtype) * factor
+        total = tf.reduce_sum(loss.per_example * weights)
         for penalty in forward.penalties:
             total += tf.cast(penalty, dtype) * (forward.weight_sum * factor)
         return total
@@ -382,33 +376,9 @@ class LossScaleOptimizer(tf.Module):
         self._import(slots)
 
 
-def _check_arguments(inner, clip_norm, ema_decay, nominal_weight) -> None:
-    if not isinstance(inner, keras.optimizers.Optimizer):
-        raise errors.ConfigError(
-            f"`inner` is a {type(inner).__name__}; it must be a Keras optimizer.",
-            "Pass an instance, such as keras.optimizers.AdamW(1e-3).",
-        )
-    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
-        raise errors.ConfigError(
-            "`inner` is Keras's LossScaleOptimizer, which would scale a second time.",
-            "Pass the optimizer inside it, and the scale as `loss_scale`.",
-        )
-    if inner.built:
-        raise errors.ConfigError(
-            f"`inner` ({inner.name}) was built before.", "Pass a fresh optimizer."
-        )
-    for setting, ours in _REPLACED.items():
-        if getattr(inner, setting, None):
-            raise errors.ConfigError(
-                f"the inner optimizer sets `{setting}`, which would act on scaled or "
-                "unreduced gradients.",
-                f"Leave it unset and use {ours}.",
-            )
-    if binding_lib.excludes_from_decay(inner):
-        raise errors.ConfigError(
-            "`exclude_from_weight_decay` was called on the inner optimizer.",
-            "Name the variables in `no_decay` of MasterWeights.",
-        )
+def _check_numbers(
+    clip_norm: float | None, ema_decay: float | None, nominal_weight: float
+) -> None:
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
         raise errors.ConfigError(
             f"`clip_norm` ({clip_norm}) must be positive and finite.",

@@ -6,8 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from mpl import errors
 from mpl.step import binding as binding_lib
+from mpl.step import names as names_lib
 
 
 class Slots:
@@ -16,15 +16,9 @@ class Slots:
     Args:
       inner: an optimizer that has not been built.
       buckets: what it will update.
-
-    Raises:
-      ConfigError: if the optimizer keeps state outside `update_step`, which a loop
-        that calls `update_step` alone would leave behind, or is another strategy's.
     """
 
     def __init__(self, inner: keras.optimizers.Optimizer, buckets: Sequence[Any]):
-        _check_update_step(inner)
-        _check_scope(inner)
         self._inner = inner
         self._buckets = buckets
         references = [
@@ -93,7 +87,7 @@ class Slots:
         return self._inner.weight_decay
 
     def _named_others(self) -> list[tuple[str, keras.Variable]]:
-        names = binding_lib.canonical_names([v.name for v in self._others])
+        names = names_lib.canonical([v.name for v in self._others])
         return [(entry_key("optimizer", n), v) for n, v in zip(names, self._others)]
 
 
@@ -129,28 +123,3 @@ def advance(inner: keras.optimizers.Optimizer) -> None:
         product = binding_lib.momentum_product(inner)
         step = tf.cast(inner.iterations + 1, product.dtype)
         product.assign(product * inner.beta_1 * (1.0 - 0.5 * tf.pow(0.96, step)))
-
-
-def _check_update_step(inner: keras.optimizers.Optimizer) -> None:
-    outside = "apply _backend_update_step _backend_apply_gradients _apply_weight_decay"
-    known = keras.optimizers.Optimizer, keras.optimizers.Nadam, keras.optimizers.Muon
-    for kind in type(inner).__mro__:
-        if kind in known:
-            return
-        overridden = [name for name in outside.split() if name in vars(kind)]
-        if overridden:
-            raise errors.ConfigError(
-                f"the inner optimizer {type(inner).__name__} overrides "
-                f"`{overridden[0]}`; only its `update_step` would be called.",
-                "Move the rule into `update_step`, or use another optimizer.",
-            )
-
-
-def _check_scope(inner: keras.optimizers.Optimizer) -> None:
-    strategy = tf.distribute.get_strategy()
-    if not strategy.extended.variable_created_in_scope(inner.iterations.value):
-        raise errors.ConfigError(
-            f"`inner` ({inner.name}) was created outside the current strategy "
-            f"({type(strategy).__name__}).",
-            "Create it and LossScaleOptimizer inside the model's `strategy.scope()`.",
-        )
