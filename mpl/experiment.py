@@ -161,7 +161,9 @@ class Experiment:
         """Returns the function under XLA, if the run asks for it."""
         if not self._jit_compile:
             return function
-        return tf.function(function, jit_compile=True)
+        status = tf.__internal__.autograph.control_status_ctx().status
+        own = status.name == "ENABLED"  # AutoGraph rewrites a `train_step` of a user's
+        return tf.function(function, autograph=own, jit_compile=True)
 
     # What `run` calls.
 
@@ -330,7 +332,13 @@ class Experiment:
 
 
 class _Trainer(trainer_lib.Trainer):
-    """Runs an experiment's `train_step`."""
+    """Runs an experiment's `train_step`.
+
+    Attributes:
+      jit_trial: decides which steps are compiled; None: the settings do.
+    """
+
+    jit_trial: Any = None
 
     def __init__(self, experiment: Experiment):
         eager = experiment.config.debug_eager
@@ -356,10 +364,32 @@ class _Trainer(trainer_lib.Trainer):
 
     def train(self, num_steps: Any = -1) -> Any:
         try:
-            return super().train(num_steps)
+            if self.jit_trial is None or num_steps < 0:
+                return super().train(num_steps)
+            return self._train_in_parts(int(num_steps))
         finally:  # whatever ended the block, the model shows what was trained
             for weights in tf.nest.flatten(self._experiment.weights):
                 weights.publish()
+
+    def _train_in_parts(self, num_steps: int) -> None:
+        experiment, train = self._experiment, super().train
+        first = int(experiment.global_step)
+        ahead = int(self.position) - first  # from here on a step takes one batch
+
+        def run(num_steps: int, compiled: bool) -> int:
+            experiment._jit_compile = self._loop.variant = compiled
+            try:
+                train(num_steps)
+            finally:
+                experiment._jit_compile = False  # evaluation is not compiled
+            return self.steps_done
+
+        def set_back(step: int) -> None:
+            experiment.global_step.assign(step)
+            self.reset_iterator(step + ahead)
+
+        done = self.jit_trial.run(first, num_steps, run, set_back)
+        self._loop.done.assign(done)
 
     @tf.autograph.experimental.do_not_convert
     def should_stop(self) -> tf.Tensor:
@@ -410,7 +440,7 @@ class _Evaluator(evaluator_lib.Evaluator):
 
 
 def _use_xla(jit_compile: bool | str, replicas: int) -> bool:
-    """The rule of --jit_compile; auto compiles nothing until measured to be faster."""
+    """The rule of --jit_compile; auto compiles nothing until a trial says so."""
     if jit_compile == "auto":
         return False
     if jit_compile and replicas > 1:

@@ -63,7 +63,7 @@ def ratios(records: Records, run: Run) -> dict[str, Ratio | None]:
     float32 = run._replace(policy="float32")
     found = {}
     if run.system != "mpl":
-        for figure in ("step", "update", "first_step", "memory"):
+        for figure in ("step", "update", "first_step", "start", "memory"):
             found[f"mpl_over_this_{figure}"] = _ratio(records, ours, run, figure)
     if run.scaling == "dynamic":
         found["dynamic_over_none_step"] = _ratio(records, run, none, "step")
@@ -101,6 +101,7 @@ def _row(records: Records, run: Run) -> dict[str, Any]:
         "steps_per_block": record.counts.get("steps"),
         "blocks_ms": record.ms.get("steps"),
         "first_steps_s": record.first_steps_s,
+        "first_steps_without_import_s": record.builds_s,
         "peak_memories_mb": record.rss_mb,
         "side_by_side": record.side_by_side,
         "error": record.error,

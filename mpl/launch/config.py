@@ -68,7 +68,7 @@ class RunConfig:
         accumulate_steps: micro-batches in a step.
         ema_decay: decay of the moving average of the weights.
         early_stop: METRIC:PATIENCE, and :min or :max where the name does not tell.
-        jit_compile: compile the step with XLA.
+        jit_compile: compile the step with XLA; auto: see `mpl/launch/jit_trial.py`.
         debug_eager: run step by step in Python.
         allow_changed_flags: resume although flags that change the mathematics differ.
         max_consecutive_skips: non-finite steps in a row that end the run.
@@ -144,7 +144,9 @@ class RunConfig:
         "validation METRIC and tests the best checkpoint. Losses and errors are better "
         "when lower, others when higher; METRIC:PATIENCE:min or :max says so.")
     jit_compile: bool | str = _setting(
-        "auto", "Compile the step with XLA.", choices=("auto",))
+        "auto", "Compile the step with XLA. auto: on one device both are tried in long "
+        "runs, once training has begun, and the faster stays; the log says why.",
+        choices=("auto",))
     debug_eager: bool = _setting(
         False, "Run in Python, step by step, so that print and pdb work.")
     allow_changed_flags: bool = _setting(

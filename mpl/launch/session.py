@@ -14,7 +14,7 @@ import tensorflow as tf
 from mpl import loop
 from mpl.errors import CheckpointError, ConfigError
 from mpl.experiment import Experiment
-from mpl.launch import workdir
+from mpl.launch import jit_trial, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_early_stop
 from mpl.launch.option import written
@@ -178,6 +178,8 @@ class Session:
             if self._watches_anew:  # the best value is one of another metric
                 for variable, value in zip(self.stopping.variables, new):
                     variable.assign(value)
+        trainer = self.experiment.trainer
+        trainer.jit_trial = jit_trial.trial_of(self.experiment, self.path)
         try:
             if evaluates and "validation" in self.experiment.evaluators:
                 controller.train_and_evaluate(total)

@@ -97,6 +97,7 @@ class InnerLoop:
         done: int64 variable, how many steps the last `run` finished.
         data_ended: Whether the last `run` ended because the data did.
         state: Of `reduce`.
+        variant: Any Python value; the step is traced once for each.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class InnerLoop:
         elif options.use_tf_function:
             self._one_step = self._traced
         self._traces, self._data = 0, ""  # of the last run
+        self.variant, self._variants = None, set[Any]()
         self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
         self.state: Any = None
@@ -144,7 +146,7 @@ class InnerLoop:
         self.done.assign(0)
         try:
             limit = tf.int64.max if num_steps < 0 else num_steps
-            self._block(self.iterators, tf.cast(limit, tf.int64))
+            self._block(self.iterators, tf.cast(limit, tf.int64), self.variant)
         except (StopIteration, tf.errors.OutOfRangeError):
             self.data_ended = True
         self._warn_of_retrace()
@@ -152,7 +154,7 @@ class InnerLoop:
             cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
             raise EndOfDataError(cause, "Give data; repeat them to train for longer.")
 
-    def _run(self, iterators: Any, limit: tf.Tensor) -> None:
+    def _run(self, iterators: Any, limit: tf.Tensor, variant: Any) -> None:
         def more(done: tf.Tensor) -> tf.Tensor:
             return (done < limit) & tf.logical_not(converted(self._should_stop)())
 
@@ -160,7 +162,7 @@ class InnerLoop:
             # Assigned before the step, to be right when the data end in it.
             before = [] if self.one_graph else [self.done.assign(done)]
             with tf.control_dependencies(before):
-                self._keep(self._one_step(iterators))
+                self._keep(self._one_step(iterators, variant))
             return (done + 1,)
 
         # Traced, this is a tf.while.
@@ -171,7 +173,7 @@ class InnerLoop:
         if self._reduce:
             self.state = self._reduce(self.state, output)
 
-    def _run_step(self, iterators: Any) -> Any:
+    def _run_step(self, iterators: Any, variant: Any) -> Any:
         apart = tf.inside_function() and not self.one_graph
         around = _graph() if apart else None
         takes = map(_taker, tf.nest.flatten(iterators), self._waits)
@@ -188,9 +190,10 @@ class InnerLoop:
     def _warn_of_retrace(self) -> None:
         count = self._traced.experimental_get_tracing_count()
         data = str(tf.nest.map_structure(tf.type_spec_from_value, self.iterators))
-        if 0 < self._traces < count:
+        if self._traces < count and self.variant in self._variants:
             logging.warning("The step is traced again: %s became %s.", self._data, data)
         self._traces, self._data = count, data
+        self._variants.add(self.variant)
 
 
 def counter() -> tf.Variable:

@@ -82,7 +82,7 @@ def test_a_run_writes_tables_results_and_picture(run, capsys):
     assert shown["digits", "none", "keras_fit"]["ms_per_step"]["median"] is None
     verdicts = {goal["name"]: goal["verdict"] for goal in results["goals"]}
     assert verdicts["tiny float32, step: mpl ÷ raw"] == "met"
-    assert verdicts["import, first step: mpl ÷ tensorflow"] == "met"
+    assert verdicts["import, start: mpl ÷ tensorflow"] == "met"
     assert results["machine"]["cores"] > 0 and results["secs"] > 0
     printed = capsys.readouterr().out
     assert "tiny: 3 rounds of 6 blocks" in printed

@@ -54,9 +54,9 @@ def test_a_ratio_is_paired_only_if_blocks_were_taken_in_turn():
     ("step", 0.5), ("update", 0.25), ("first_step", 2.0), ("memory", 0.9)])
 def test_each_figure_has_its_own_samples(figure, expected):
     records = {
-        MPL: Record(ms={"steps": [1.0], "update": [1.0]}, first_steps_s=[6.0],
+        MPL: Record(ms={"steps": [1.0], "update": [1.0]}, builds_s=[6.0],
                     rss_mb=[90.0]),
-        RAW: Record(ms={"steps": [2.0], "update": [4.0]}, first_steps_s=[3.0],
+        RAW: Record(ms={"steps": [2.0], "update": [4.0]}, builds_s=[3.0],
                     rss_mb=[100.0])}
     assert Goal(figure, MPL, RAW, 1.0).ratio(records).ratio == pytest.approx(expected)
 
@@ -85,7 +85,7 @@ def test_the_import_is_compared_with_that_of_tensorflow():
                Run("import", "", "none", "tensorflow"):
                    Record(first_steps_s=[2.0] * 5)}
     (result,) = goals.judge(records, ["import"], ["float32"])
-    assert result.goal.name == "import, first step: mpl ÷ tensorflow"
+    assert result.goal.name == "import, start: mpl ÷ tensorflow"
     assert result.verdict == "met"
 
 
@@ -100,8 +100,8 @@ def test_goals_are_those_of_the_works_and_policies_asked_for():
         "cnn float32 mpl, step: dynamic ÷ none": 1.03,
         "cnn mixed_bfloat16 mpl, step: dynamic ÷ none": 1.03,
         "cnn mixed_bfloat16, memory − 32 MB: mpl ÷ keras_fit": 1.02,
-        "digits float32, first step: mpl ÷ keras_fit": 1.0,
-        "digits mixed_bfloat16, first step: mpl ÷ keras_fit": 1.0,
+        "digits float32, start: mpl ÷ keras_fit": 1.0,
+        "digits mixed_bfloat16, start: mpl ÷ keras_fit": 1.0,
     }
 
 

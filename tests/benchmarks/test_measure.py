@@ -112,7 +112,7 @@ def test_blocks_are_taken_in_turn_and_each_system_is_first_in_turn(fake):
 def test_each_start_is_a_fresh_process_and_the_last_is_kept(fake):
     records = measured(fake, fake.start_of(), starts={A: 3, B: 1})
     assert records[A].first_steps_s == [2.0] * 3 and records[A].rss_mb == [100.0] * 3
-    assert records[B].first_steps_s == [2.0]
+    assert records[B].first_steps_s == [2.0] and records[B].builds_s == [1.5]
     assert len(fake.workers) == 4
     assert fake.diary_of("steps")[0] == ("mpl", measure.LOSS_STEPS - 1)
     assert records[A].loss == 2.5

@@ -33,7 +33,7 @@ def test_a_row_has_the_keys_that_programs_read():
     assert expected.items() <= rows[1].items()
     assert rows[1]["ratios"]["mpl_over_this_step"] == {
         "ratio": 0.5, "low": 0.5, "high": 0.5}
-    assert rows[1]["ratios"]["mpl_over_this_first_step"]["ratio"] == 1.0
+    assert rows[1]["ratios"]["mpl_over_this_start"]["ratio"] == 1.0
 
 
 def test_a_run_that_failed_has_a_row_without_figures():
