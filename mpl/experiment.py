@@ -159,7 +159,7 @@ class Experiment:
 
     def compiled(self, function: Callable) -> Callable:
         """Returns the function under XLA, if the run asks for it."""
-        if not self._jit_compile:
+        if not self._jit_compile and self.trainer.variant != "compiled":
             return function
         status = tf.__internal__.autograph.control_status_ctx().status
         own = status.name == "ENABLED"  # AutoGraph rewrites a `train_step` of a user's
@@ -363,33 +363,17 @@ class _Trainer(trainer_lib.Trainer):
             self._experiment.global_step.assign_add(1)
 
     def train(self, num_steps: Any = -1) -> Any:
+        if self.jit_trial is None or num_steps < 0:
+            return self._train_part(num_steps)
+        done = self.jit_trial.train(self._train_part, int(num_steps))
+        self._loop.done.assign(done)
+
+    def _train_part(self, num_steps: Any) -> Any:
         try:
-            if self.jit_trial is None or num_steps < 0:
-                return super().train(num_steps)
-            return self._train_in_parts(int(num_steps))
+            return super().train(num_steps)
         finally:  # whatever ended the block, the model shows what was trained
             for weights in tf.nest.flatten(self._experiment.weights):
                 weights.publish()
-
-    def _train_in_parts(self, num_steps: int) -> None:
-        experiment, train = self._experiment, super().train
-        first = int(experiment.global_step)
-        ahead = int(self.position) - first  # from here on a step takes one batch
-
-        def run(num_steps: int, compiled: bool) -> int:
-            experiment._jit_compile = self._loop.variant = compiled
-            try:
-                train(num_steps)
-            finally:
-                experiment._jit_compile = False  # evaluation is not compiled
-            return self.steps_done
-
-        def set_back(step: int) -> None:
-            experiment.global_step.assign(step)
-            self.reset_iterator(step + ahead)
-
-        done = self.jit_trial.run(first, num_steps, run, set_back)
-        self._loop.done.assign(done)
 
     @tf.autograph.experimental.do_not_convert
     def should_stop(self) -> tf.Tensor:

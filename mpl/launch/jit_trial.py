@@ -1,5 +1,6 @@
-"""--jit_compile=auto: both kinds of step are tried in training, the faster one stays."""
+"""--jit_compile=auto: both kinds of step are tried in training, the faster stays."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,72 +21,69 @@ FILE = "jit_compile.json"
 REPAYS_SECS = 600.0
 _PART_SECS, _PARTS, _GAIN = 1.0, 5, 0.95
 
-_Parts = Generator[tuple[bool, int], float, None]
-
 
 class JitTrial:
-    """Says which steps of a run are compiled.
+    """Decides which steps of a run are compiled.
 
-        uncompiled to the end of the second block
+        the first two blocks: uncompiled
         if the steps left take REPAYS_SECS or more:
-            one compiled step                               # mostly compilation
-            5 × (a second compiled, as many steps uncompiled)   # medians are compared
-        the faster kind; uncompiled if compiled steps take more than 95 % of the time
+            one compiled step: nearly all compilation
+            5 ×: a second of compiled steps, as many uncompiled ones
+        from here on: compiled if the median is 5 % faster
 
-    These are the run's own steps: their order and their data stay as they are.
+    All of these are the run's own steps; their order and their data stay as they are.
 
     Args:
-        train_steps: Length of the training.
+        experiment: set up; its own `train_step` must be mpl's.
         switches: (step, whether the steps from it on are compiled) of a trial made
-            before; its steps are compiled as they were, so that all bits repeat.
-        remember: Called with switches and the reason when a trial is over.
-        clock: Gives seconds.
+            before: they are compiled as they were, and all bits repeat.
+        remember: called with switches and the reason when a trial is over.
+        clock: gives seconds.
     """
 
     def __init__(
-        self, train_steps: int, switches: Sequence[tuple[int, bool]] = (),
+        self, experiment: Experiment, switches: Sequence = (),
         remember: Callable[[list, str], Any] = lambda switches, why: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self._train_steps, self._switches = train_steps, list(switches or [(0, False)])
-        self._remember, self._clock, self._step = remember, clock, 0
-        self._trial: _Parts | None = None if switches else self._try()
+        self._experiment, self._remember, self._clock = experiment, remember, clock
+        self._switches, self._step = list(switches or [(0, False)]), 0
+        self._trial = None if switches else self._try()
         self._part = next(self._trial) if self._trial else (False, 0)
 
-    def run(
-        self, step: int, num_steps: int, run_part: Callable[[int, bool], int],
-        set_back: Callable[[int], Any],
-    ) -> int:
-        """Runs a block of steps in parts, and returns how many steps it made.
+    def train(self, train: Callable[[int], Any], num_steps: int) -> int:
+        """Runs a block of steps in parts of one kind; returns how many were made.
 
         Args:
-            step: `global_step`.
-            num_steps: Length of the block.
-            run_part: Called with a number of steps and whether they are compiled;
-                returns how many were made; if fewer, the block ends.
-            set_back: Called with the step at which a step failed that is run again.
+            train: called with the number of steps of a part.
+            num_steps: of the block.
         """
-        self._step, end = step, step + num_steps
-        made = wanted = 0
-        while self._step < end and made == wanted:
+        trainer, global_step = self._experiment.trainer, self._experiment.global_step
+        self._step = first = int(global_step)
+        ahead, end = int(trainer.position) - first, first + num_steps
+        while self._step < end:
             compiled, most = self._part if self._trial else self._known()
-            wanted, start = min(most, end - self._step), self._clock()
-            if compiled != self._switches[-1][1] and self._trial:
-                self._switches.append((self._step, compiled))
+            if self._trial:
+                self._switch(compiled)
+            count, start = min(most, end - self._step), self._clock()
+            trainer.variant = "compiled" if compiled else ""
             try:
-                made = run_part(wanted, compiled)
+                train(count)
             except Exception as error:
                 if self._trial is None:
                     raise
-                self._go_on(self._trial.throw, error)  # raises what is not for the trial
-                set_back(self._step)
-                made = wanted
+                self._go_on(self._trial.throw, error)  # raises what the trial does not
+                global_step.assign(self._step)  # take; else the step is run again
+                trainer.reset_iterator(self._step + ahead)
                 continue
-            self._step += made
-            if self._trial and made:
-                secs = (self._clock() - start) / made
-                self._go_on(self._trial.send, secs)
-        return self._step - step
+            finally:
+                trainer.variant = ""  # evaluation is not compiled
+            self._step += trainer.steps_done
+            if trainer.steps_done < count:
+                break
+            if self._trial:
+                self._go_on(self._trial.send, (self._clock() - start) / count)
+        return self._step - first
 
     def _go_on(self, resume: Callable, value: Any) -> None:
         try:
@@ -99,11 +97,15 @@ class JitTrial:
         coming = [step for step, _ in self._switches if step > self._step]
         return compiled, min(coming, default=sys.maxsize) - self._step
 
-    def _try(self) -> _Parts:
-        """Yields the next part (kind, most steps), and is sent its seconds a step."""
+    def _switch(self, compiled: bool) -> None:
+        if compiled != self._switches[-1][1]:
+            self._switches.append((self._step, compiled))
+
+    def _try(self) -> Generator[tuple[bool, int], float, None]:
+        """Yields kind and most steps of each part, and is sent its seconds a step."""
         yield False, sys.maxsize  # traced in it
         secs = yield False, sys.maxsize
-        left = (self._train_steps - self._step) * secs
+        left = (self._experiment.train_steps - self._step) * secs
         if left < REPAYS_SECS:
             _say(False, f"the {left:.0f} s left would not repay a trial")
             return
@@ -111,56 +113,53 @@ class JitTrial:
             compilation = yield True, 1
         except Exception as error:
             return self._decide(False, f"XLA failed: {str(error).splitlines()[0]}")
-        count = max(1, round(_PART_SECS / secs))
         times: dict[bool, list[float]] = {True: [], False: []}
         for number in range(2 * _PARTS):
             kind = number % 2 == 0
-            times[kind].append((yield kind, count))
-        ms = {kind: 1e3 * statistics.median(secs) for kind, secs in times.items()}
+            times[kind].append((yield kind, max(1, round(_PART_SECS / secs))))
+        ms = {kind: 1e3 * statistics.median(each) for kind, each in times.items()}
         self._decide(
             ms[True] <= _GAIN * ms[False],
             f"{ms[True]:.4g} ms a step compiled, {ms[False]:.4g} uncompiled, "
             f"{compilation:.1f} s of compilation")
 
     def _decide(self, compiled: bool, why: str) -> None:
-        if compiled != self._switches[-1][1]:
-            self._switches.append((self._step, compiled))
+        self._switch(compiled)
         _say(compiled, why)
         self._remember(self._switches, why)
 
 
 def trial_of(experiment: Experiment, path: str) -> JitTrial | None:
-    """Returns the trial of a run with its folder; None where nothing is to be tried."""
-    config = experiment.config
+    """Returns the trial of a run in its folder; None where nothing is to be tried."""
+    config, replicas = experiment.config, experiment.strategy.num_replicas_in_sync
+    own_step = type(experiment).train_step is not Experiment.train_step
     if config.jit_compile != "auto":
         return None
-    replicas = experiment.strategy.num_replicas_in_sync
     obstacles = {
-        f"of {replicas} replicas": replicas > 1,
-        "of --debug_eager": config.debug_eager,
-        "of --deterministic": config.deterministic,
-        "`train_step` is the experiment's own":
-            type(experiment).train_step is not Experiment.train_step,
-    }
-    if obstacle := next((words for words, there in obstacles.items() if there), None):
-        _say(False, f"because {obstacle}")
+        f"{replicas} replicas": replicas > 1, "its own `train_step`": own_step,
+        "--debug_eager": config.debug_eager, "--deterministic": config.deterministic,
+    }  # fmt: skip
+    if found := [what for what, is_there in obstacles.items() if is_there]:
+        _say(False, f"because of {found[0]}")
         return None
-    file, key = os.path.join(path, FILE), _key(experiment)
-    choices = _read(file)
+    file, key, choices = os.path.join(path, FILE), _key(experiment), dict[str, Any]()
+    with contextlib.suppress(OSError, tf.errors.OpError, ValueError):
+        with tf.io.gfile.GFile(file) as text:
+            choices = json.loads(text.read())
 
     def remember(switches: list, why: str) -> None:
         choices[key] = {"switches": switches, "why": why}
         try:
-            with tf.io.gfile.GFile(file + ".new", "w") as new:
-                new.write(json.dumps(choices, indent=1))
+            with tf.io.gfile.GFile(file + ".new", "w") as text:
+                text.write(json.dumps(choices, indent=1))
             tf.io.gfile.rename(file + ".new", file, overwrite=True)
         except (OSError, tf.errors.OpError) as error:
             logging.warning("%s is not written: %s", file, error)
 
-    known = choices.get(key, {"switches": []})
-    if known["switches"]:
-        _say(known["switches"][-1][1], f"as measured before: {known['why']}")
-    return JitTrial(experiment.train_steps, known["switches"], remember)
+    switches = choices[key]["switches"] if key in choices else []
+    if switches:
+        _say(switches[-1][1], f"as measured before: {choices[key]['why']}")
+    return JitTrial(experiment, switches, remember)
 
 
 def _say(compiled: bool, why: str) -> None:
@@ -168,39 +167,17 @@ def _say(compiled: bool, why: str) -> None:
 
 
 def _key(experiment: Experiment) -> str:
-    """Returns what the times depend on, in words."""
-    config, shapes = experiment.config, []
-    for weights in tf.nest.flatten(experiment.weights):
-        shapes += [f"{entry.key} {entry.value.shape}" for entry in weights.entries]
-    model = hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
-    return (
-        f"{_devices()}, TensorFlow {tf.__version__}, {experiment.policy.name}, batch "
-        f"{config.global_batch_size} in {config.accumulate_steps}, model {model}")
-
-
-def _devices() -> str:
+    """Returns what the times depend on."""
+    entries = [e for w in tf.nest.flatten(experiment.weights) for e in w.entries]
+    shapes = "\n".join(f"{entry.key} {entry.value.shape}" for entry in entries)
+    model, config = hashlib.sha256(shapes.encode()).hexdigest()[:16], experiment.config
+    batch = f"batch {config.global_batch_size} in {config.accumulate_steps}"
     gpus = tf.config.list_physical_devices("GPU")
-    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-    names = [str(detail.get("device_name", "GPU")) for detail in details]
-    return " + ".join(names) or f"{os.cpu_count()} × {_processor()}"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = (line for line in lines if line.startswith("model name"))
-            return next(names, "CPU").partition(": ")[2].strip() or "CPU"
-    except OSError:  # not Linux
-        return "CPU"
-
-
-def _read(file: str) -> dict[str, Any]:
-    """Returns the choices in a file; none if there is no such file, or it is broken."""
-    try:
-        with tf.io.gfile.GFile(file) as text:
-            choices = json.loads(text.read())
-        return {key: {"why": str(choice["why"]), "switches": [
-            (int(step), bool(kind)) for step, kind in choice["switches"]]}
-            for key, choice in choices.items()}
-    except (OSError, tf.errors.OpError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    details = map(tf.config.experimental.get_device_details, gpus)
+    names = [str(detail.get("device_name")) for detail in details]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpus:
+        lines = [line.split(":") for line in cpus if line.startswith("model name")]
+        names = names or [words[-1].strip() for words in lines]
+    device = f"{len(names)} × {', '.join(sorted(set(names)))}"
+    version = f"TensorFlow {tf.__version__}"
+    return "; ".join([device, version, experiment.policy.name, batch, f"model {model}"])

@@ -97,7 +97,6 @@ class InnerLoop:
         done: int64 variable, how many steps the last `run` finished.
         data_ended: Whether the last `run` ended because the data did.
         state: Of `reduce`.
-        variant: Any Python value; the step is traced once for each.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class InnerLoop:
         elif options.use_tf_function:
             self._one_step = self._traced
         self._traces, self._data = 0, ""  # of the last run
-        self.variant, self._variants = None, set[Any]()
+        self._variants = set[str]()  # that have run
         self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
         self.state: Any = None
@@ -122,7 +121,8 @@ class InnerLoop:
         self._waits: tuple[bool, ...] = ()
 
     def run(
-        self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None
+        self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None,
+        variant: str = "",
     ) -> None:
         """Runs `num_steps` steps; -1: all that the data give.
 
@@ -131,6 +131,7 @@ class InnerLoop:
             make_dataset: Returns a dataset or a nest of them, where there is no
                 iterator to go on with.
             positions: A like nest of int64 variables that count batches, or None.
+            variant: Name of a kind of step; each is traced once.
 
         Raises:
             EndOfDataError: There was not one batch.
@@ -146,15 +147,15 @@ class InnerLoop:
         self.done.assign(0)
         try:
             limit = tf.int64.max if num_steps < 0 else num_steps
-            self._block(self.iterators, tf.cast(limit, tf.int64), self.variant)
+            self._block(self.iterators, tf.cast(limit, tf.int64), variant)
         except (StopIteration, tf.errors.OutOfRangeError):
             self.data_ended = True
-        self._warn_of_retrace()
+        self._warn_of_retrace(variant)
         if self.data_ended and self.done.numpy() == 0:
             cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
             raise EndOfDataError(cause, "Give data; repeat them to train for longer.")
 
-    def _run(self, iterators: Any, limit: tf.Tensor, variant: Any) -> None:
+    def _run(self, iterators: Any, limit: tf.Tensor, variant: str) -> None:
         def more(done: tf.Tensor) -> tf.Tensor:
             return (done < limit) & tf.logical_not(converted(self._should_stop)())
 
@@ -173,7 +174,7 @@ class InnerLoop:
         if self._reduce:
             self.state = self._reduce(self.state, output)
 
-    def _run_step(self, iterators: Any, variant: Any) -> Any:
+    def _run_step(self, iterators: Any, variant: str) -> Any:
         apart = tf.inside_function() and not self.one_graph
         around = _graph() if apart else None
         takes = map(_taker, tf.nest.flatten(iterators), self._waits)
@@ -187,13 +188,13 @@ class InnerLoop:
         # With the iterators as arguments, the call waits for what is taken from them.
         return (tf.function(step, autograph=False) if apart else step)(iterators)
 
-    def _warn_of_retrace(self) -> None:
+    def _warn_of_retrace(self, variant: str) -> None:
         count = self._traced.experimental_get_tracing_count()
         data = str(tf.nest.map_structure(tf.type_spec_from_value, self.iterators))
-        if self._traces < count and self.variant in self._variants:
+        if self._traces < count and variant in self._variants:
             logging.warning("The step is traced again: %s became %s.", self._data, data)
         self._traces, self._data = count, data
-        self._variants.add(self.variant)
+        self._variants.add(variant)
 
 
 def counter() -> tf.Variable:

@@ -44,7 +44,11 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     Attributes:
         position: int64 variable, batches taken from the data since training began; a
             nest of variables for a nest of datasets. It belongs into checkpoints.
+        variant: Name of a kind of step, for a `train_step` that knows several; each is
+            traced once.
     """
+
+    variant = ""
 
     def __init__(
         self, train_dataset: Any = None, options: TrainerOptions | None = None,
@@ -107,7 +111,8 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
             EndOfDataError: There was not one batch.
         """
         self.train_loop_begin()
-        self._loop.run(num_steps, self.make_train_dataset, self.position)
+        make, variant = self.make_train_dataset, self.variant
+        self._loop.run(num_steps, make, self.position, variant)
         return self.train_loop_end()
 
     def reset_iterator(self, position: int | None = None) -> None:

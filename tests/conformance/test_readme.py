@@ -47,7 +47,8 @@ def test_the_commands_of_the_readme_exist():
     for target in re.findall(r"^make ([a-z-]+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
     for module in re.findall(r"python -m (experiments\.\w+)", README):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
 
 
 if __name__ == "__main__":
