@@ -92,6 +92,16 @@ class Pipeline:
                 "give arrays."
             )
 
+    @property
+    def has_own_threads(self) -> bool:
+        """Whether nobody else's code runs in it, so that a loop may wait for it.
+
+        A loop that waits for a batch where it stands holds one of the threads that
+        TensorFlow runs functions on; a user's function might need that thread.
+        """
+        source = self._source
+        return isinstance(source, ArraySource) and source.transform is None
+
     def dataset(self, position: int = 0) -> tf.data.Dataset:
         """The batches from `position` on.
 
@@ -111,8 +121,8 @@ class Pipeline:
         options.deterministic = True
         # Here it is known what to prefetch.
         options.experimental_optimization.inject_prefetch = False
-        # A trainer may then wait for a batch where it stands (see loop/inner_loop.py).
-        options.threading.private_threadpool_size = os.cpu_count() or 1
+        if self.has_own_threads:
+            options.threading.private_threadpool_size = os.cpu_count() or 1
         # Workers split each batch between them, not the files.
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.DATA

@@ -212,14 +212,6 @@ def _iterator(dataset: Any) -> Any:
     return iter(dataset)
 
 
-def _has_own_threads(dataset: Any) -> bool:
-    if not isinstance(dataset, tf.data.Dataset):
-        return False
-    specs = tf.nest.flatten(dataset.element_spec)
-    dense = all(isinstance(spec, tf.TensorSpec) for spec in specs)
-    return dense and bool(dataset.options().threading.private_threadpool_size)
-
-
 def _taker(iterator: Any, waits: bool) -> Callable[[], Any]:
     """Returns a function that takes a batch from an iterator.
 

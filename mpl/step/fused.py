@@ -18,8 +18,8 @@ def pays(variable: tf.Variable) -> bool:
 def rule(inner: keras.optimizers.Optimizer) -> Callable | None:
     """Returns `update(variable, gradient, rate, slots)` of an optimizer, or None.
 
-    It does to a variable what `inner.update_step` does, in the same bits. Values that
-    all variables share are computed here, once a step.
+    It does to a variable what `inner.update_step` does: SGD in the same bits, Adam as
+    exactly.
     """
     if type(inner) in (keras.optimizers.Adam, keras.optimizers.AdamW):
         return None if inner.amsgrad else _adam(inner)
@@ -30,17 +30,14 @@ def _adam(inner: keras.optimizers.Adam) -> Callable:
     step = inner.iterations + 1
 
     def update(variable, gradient, rate, slots):
-        def constant(value):
-            return tf.cast(value, variable.dtype)
-
-        exponent = constant(step)
+        dtype = variable.dtype
+        exponent = tf.cast(step, dtype)
+        beta_1, beta_2 = (tf.constant(x, dtype) for x in (inner.beta_1, inner.beta_2))
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle, m=slots["momentum"].handle,
-            v=slots["velocity"].handle, grad=gradient, lr=rate,
-            beta1=constant(inner.beta_1), beta2=constant(inner.beta_2),
-            epsilon=constant(inner.epsilon),
-            beta1_power=tf.pow(constant(inner.beta_1), exponent),
-            beta2_power=tf.pow(constant(inner.beta_2), exponent),
+            v=slots["velocity"].handle, grad=tf.cast(gradient, dtype), lr=rate,
+            beta1=beta_1, beta2=beta_2, epsilon=tf.constant(inner.epsilon, dtype),
+            beta1_power=tf.pow(beta_1, exponent), beta2_power=tf.pow(beta_2, exponent),
         )
 
     return update
@@ -48,10 +45,11 @@ def _adam(inner: keras.optimizers.Adam) -> Callable:
 
 def _sgd(inner: keras.optimizers.SGD) -> Callable:
     def update(variable, gradient, rate, slots):
+        gradient = tf.cast(gradient, variable.dtype)
         if inner.momentum:
             tf.raw_ops.ResourceApplyKerasMomentum(
                 var=variable.handle, accum=slots["momentum"].handle, lr=rate,
-                grad=gradient, momentum=tf.cast(inner.momentum, variable.dtype),
+                grad=gradient, momentum=tf.constant(inner.momentum, variable.dtype),
                 use_nesterov=inner.nesterov,
             )
         else:
