@@ -344,6 +344,7 @@ class _Trainer(trainer_lib.Trainer):
         eager = experiment.config.debug_eager
         super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
         self._experiment, self._loop.one_graph = experiment, True
+        self._loop.waits = experiment.pipelines["train"].has_own_threads
 
     def make_train_dataset(self) -> Any:
         """Returns the training data from the position on."""

@@ -48,6 +48,8 @@ class Goal:
     def name(self) -> str:
         """What is compared, as "cnn mixed_bfloat16, step: mpl ÷ raw"."""
         figure = self.figure.replace("_", " ")
+        if self.figure == "first_step":
+            figure += " without imports"
         if self.less_mb:
             figure += f" − {self.less_mb:g} MB"
         under = self.under or self.over

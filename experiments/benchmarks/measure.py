@@ -49,7 +49,8 @@ class Record:
             all: model, optimizer, data, trace, first step.
         rss_mb: peak resident memory of each process, in MB of 10⁶ bytes.
         allocator_mb: peak of the device's allocator, where the device tells.
-        loss: of the first batch after `LOSS_STEPS` steps.
+        first_loss: of the first batch, after one step.
+        loss: of the first batch, after `LOSS_STEPS` steps.
         ms: milliseconds of one step ("steps") and of one update alone ("update"), a
             value a round.
         counts: steps or updates in a block.
@@ -65,6 +66,7 @@ class Record:
     builds_s: list[float] = dataclasses.field(default_factory=list)
     rss_mb: list[float] = dataclasses.field(default_factory=list)
     allocator_mb: list[float] = dataclasses.field(default_factory=list)
+    first_loss: float | None = None
     loss: float | None = None
     ms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -294,10 +296,12 @@ def _noting(record: Record) -> Any:
         record.error = str(error)
 
 
-def _begin(worker: Worker, record: Record) -> None:
+def _begin(worker: Worker, record: Record, is_kept: bool = False) -> None:
     record.facts = worker.ready()
     record.first_steps_s.append(record.facts["first_step_s"])
     record.builds_s.append(record.facts["first_step_s"] - record.facts["import_s"])
+    if is_kept:
+        record.first_loss = worker.ask("loss")["loss"]
     worker.ask("steps", count=LOSS_STEPS - 1)
     memory = worker.ask("memory")
     record.rss_mb.append(memory["peak_rss_mb"])
@@ -344,7 +348,7 @@ def _keep(
         workers[run] = stack.enter_context(start(run))
         records[run].side_by_side = str(runs[0])
         with _noting(records[run]):
-            _begin(workers[run], records[run])
+            _begin(workers[run], records[run], is_kept=True)
             records[run].loss = workers[run].ask("loss")["loss"]
     return workers
 

@@ -127,7 +127,10 @@ class System:
         return [1e3 * _secs(lambda: np.asarray(predict(x))) for _ in range(count)]
 
     def time_updates(self, count: int) -> float | None:
-        """Returns the seconds of `count` updates alone, without the gradients."""
+        """Returns the seconds of `count` updates alone.
+
+        The weights serve as their gradients, which so are other ones each time.
+        """
         return None
 
 
@@ -165,14 +168,15 @@ class Raw(System):
             loss = step(x, y)
         return loss
 
-    def _update(self, gradients: list[tf.Tensor], num_steps: tf.Tensor) -> None:
+    def _update(self, num_steps: tf.Tensor) -> None:
         for _ in tf.range(num_steps):
-            self.optimizer.apply(gradients, self.model.trainable_variables)
+            variables = self.model.trainable_variables
+            gradients = [tf.convert_to_tensor(variable) for variable in variables]
+            self.optimizer.apply(gradients, variables)
 
     def time_updates(self, count: int) -> float | None:
-        gradients = [1e-3 * tf.ones(v.shape) for v in self.model.trainable_variables]
-        self._update_loop(gradients, tf.constant(1))
-        return _secs(lambda: self._update_loop(gradients, tf.constant(count)))
+        self._update_loop(tf.constant(1))
+        return _secs(lambda: self._update_loop(tf.constant(count)))
 
 
 class KerasFit(System):
@@ -320,14 +324,17 @@ class Mpl(System):
 
         weights, optimizer = self.experiment.weights, self.experiment.optimizer
         output = mpl.LossOutput(tf.ones([1]), tf.ones([1]))
-        params = weights.cast()
-        with weights.bound(params) as forward:
-            optimizer.scale_loss(output, forward)
-        gradients = [1e-3 * tf.ones(param.shape, param.dtype) for param in params]
 
         @tf.function
         def update(num_steps):
             for _ in tf.range(num_steps):
+                params = weights.cast()
+                with weights.bound(params) as forward:
+                    optimizer.scale_loss(output, forward)
+                # From one gradient a variable, as a tape gives them.
+                parts = iter(forward.slices)
+                gradients = [bucket.join([next(parts) for _ in bucket.entries])
+                             for bucket in weights.buckets]
                 optimizer.apply(gradients, forward)
 
         return update

@@ -93,6 +93,7 @@ class InnerLoop:
 
     Attributes:
         iterators: Where the next `run` goes on; None: it makes new ones.
+        waits: Whether the loop may wait for a batch where it stands, see `_taker`.
         one_graph: Whether a traced step is part of the loop's own graph, see above.
         done: int64 variable, how many steps the last `run` finished.
         data_ended: Whether the last `run` ended because the data did.
@@ -118,7 +119,7 @@ class InnerLoop:
         self.iterators: Any = None
         self.state: Any = None
         self.one_graph = False
-        self._waits: tuple[bool, ...] = ()
+        self.waits = False
 
     def run(
         self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None,
@@ -137,23 +138,28 @@ class InnerLoop:
             EndOfDataError: There was not one batch.
         """
         if self.iterators is None:
-            datasets = make_dataset()
-            self.iterators = tf.nest.map_structure(_iterator, datasets)
-            self._waits = tuple(map(_has_own_threads, tf.nest.flatten(datasets)))
+            self.iterators = tf.nest.map_structure(_iterator, make_dataset())
         if positions is None:
             positions = tf.nest.map_structure(lambda _: None, self.iterators)
         tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
         self._positions, self.data_ended = positions, False
         self.done.assign(0)
+        before = self._counted()
         try:
             limit = tf.int64.max if num_steps < 0 else num_steps
             self._block(self.iterators, tf.cast(limit, tf.int64), variant)
         except (StopIteration, tf.errors.OutOfRangeError):
+            if self.one_graph and self._counted() != before:
+                raise  # nobody knows how far it got: it was to go on for ever
             self.data_ended = True
         self._warn_of_retrace(variant)
         if self.data_ended and self.done.numpy() == 0:
             cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
             raise EndOfDataError(cause, "Give data; repeat them to train for longer.")
+
+    def _counted(self) -> list[int]:
+        positions = tf.nest.flatten(self._positions) if self.one_graph else []
+        return [int(position.numpy()) for position in positions]
 
     def _run(self, iterators: Any, limit: tf.Tensor, variant: str) -> None:
         def more(done: tf.Tensor) -> tf.Tensor:
@@ -177,7 +183,7 @@ class InnerLoop:
     def _run_step(self, iterators: Any, variant: str) -> Any:
         apart = tf.inside_function() and not self.one_graph
         around = _graph() if apart else None
-        takes = map(_taker, tf.nest.flatten(iterators), self._waits)
+        takes = [_taker(each, self.waits) for each in tf.nest.flatten(iterators)]
         each = zip(takes, tf.nest.flatten(self._positions))
         parts: list = [(take, position, around, []) for take, position in each]
 
@@ -217,9 +223,10 @@ def _taker(iterator: Any, waits: bool) -> Callable[[], Any]:
 
     In a graph TensorFlow waits for a batch on a thread of its own, lest the data need
     the one that waits: two changes of thread a step. With `waits`, the data have
-    threads of their own.
+    threads of their own, and dense tensors.
     """
-    if not (waits and tf.inside_function()):
+    here = isinstance(iterator, tf.data.Iterator) and tf.inside_function()
+    if not (waits and here):
         return lambda: next(iterator)
     resource, = tf.nest.flatten(iterator, expand_composites=True)
     specs = tf.nest.flatten(iterator.element_spec)

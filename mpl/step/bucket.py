@@ -68,6 +68,21 @@ class Bucket:
         return [_cut(part, shape, shapes[tuple(shape)])
                 for part, shape in zip(parts, self._shapes)]
 
+    def slices(self, packed: Any) -> list:
+        """Returns `split` of a tensor, whose gradient is one `join`."""
+        if not self.kind.packed:
+            return [packed]
+
+        @tf.custom_gradient
+        def split(packed: tf.Tensor) -> Any:
+            def join(*parts: Any) -> tf.Tensor:
+                # A variable read with tf.gather has row gradients.
+                return self.join([tf.convert_to_tensor(part) for part in parts])
+
+            return self.split(packed), join
+
+        return split(packed)
+
     def join(self, values: Sequence[Any]) -> Any:
         """Returns the tensor, or for arrays the array, whose `split` is `values`."""
         if not self.kind.packed:

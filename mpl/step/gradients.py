@@ -83,8 +83,6 @@ def apply_together(
                 optimizer.loss_scale.grow()
             return tf.constant(0)
 
-        # Not part of the graph around it, which walks through what it does not take.
-        @tf.function(autograph=False, experimental_attributes={"_noinline": True})
         def skip() -> tf.Tensor:
             for optimizer, part in zip(optimizers, parts):
                 checks = _checks(optimizer, tf.nest.map_structure(first, vars(part)))
@@ -93,6 +91,10 @@ def apply_together(
                 optimizer.loss_scale.adjust(False, active())
             return tf.constant(0)
 
+        if not tf.executing_eagerly():
+            # Inlined, all its operations would be walked through in each step.
+            apart = {"_noinline": True}
+            skip = tf.function(skip, autograph=False, experimental_attributes=apart)
         tf.cond(finite, update, skip)
         for optimizer in optimizers:
             if optimizer not in alone:

@@ -323,7 +323,7 @@ class LossScaleOptimizer(tf.Module):
     def nonfinite_report(self) -> str | None:
         """Returns what was bad in the last skipped step; None if nothing here was."""
         _, position, is_nan = self._counts.numpy()
-        row = int(self._row)
+        row = int(self.consecutive_skips)
         if position < 0 or row == 0:
             return None
         name = self.check_names()[position]
@@ -339,7 +339,8 @@ class LossScaleOptimizer(tf.Module):
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         seeds = {key: tf.convert_to_tensor(v) for key, v in self._seeds().items()}
-        counts = tf.concat([self._counts, [self._row]], 0)
+        row = self._row.read_value()[tf.newaxis]
+        counts = tf.concat([self._counts.read_value(), row], 0)
         return {"counts": counts, **seeds, **self.export_slots()}
 
     def _restore_from_tensors(self, restored: Mapping[str, tf.Tensor]) -> None:

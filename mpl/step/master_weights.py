@@ -250,7 +250,7 @@ class MasterWeights:
         self._require_same_trainables()
         forward = state_lib.Forward(list(params), [])
         for bucket, param in zip(self.buckets, params):
-            forward.slices.extend(bucket.split(param))
+            forward.slices.extend(bucket.slices(param))
         forward.snapshot = self.snapshot()
         updates = []
         for number, entry in enumerate(self.state):
@@ -354,8 +354,9 @@ class MasterWeights:
                 "model; it would never be updated.",
                 "Make it an attribute of the model, or create it with trainable=False.",
             )
-        # Of the slices, not of the params: joined in one operation, not one a variable.
-        of_slices = tape.gradient(scaled_loss, forward.slices)
+        of_params, of_slices = tape.gradient(
+            scaled_loss, (forward.params, forward.slices)
+        )
         for entry, gradient in zip(self._order(), of_slices):
             if gradient is None:
                 raise errors.ConfigError(
@@ -363,19 +364,18 @@ class MasterWeights:
                     "Use it in the forward pass, or freeze its layer "
                     "(layer.trainable = False) before the weights are built.",
                 )
-        gradients, rest = [], iter(of_slices)
-        for bucket in self.buckets:
-            parts = [next(rest) for _ in bucket.entries]
-            if bucket.kind.sparse and not isinstance(parts[0], tf.IndexedSlices):
+        for bucket, gradient in zip(self.buckets, of_params):
+            if bucket.kind.sparse and not isinstance(gradient, tf.IndexedSlices):
                 raise errors.ConfigError(
                     f"{bucket.entries[0].name!r} is updated row by row but also read "
                     "as a whole (tied weights?).",
                     "Pass `sparse=None` to MasterWeights.",
                 )
-            # A variable read with tf.gather has row gradients too.
-            gradients.append(parts[0] if bucket.kind.sparse else bucket.join(
-                [tf.convert_to_tensor(part) for part in parts]))
-        return gradients
+        # A variable read with tf.gather has row gradients too.
+        return [
+            gradient if bucket.kind.sparse else tf.convert_to_tensor(gradient)
+            for gradient, bucket in zip(of_params, self.buckets)
+        ]
 
     @tf.autograph.experimental.do_not_convert
     def publish(self) -> None:

@@ -36,7 +36,7 @@ def test_names_say_what_is_compared():
     assert Goal("step", dynamic, MPL, 1).name == (
         "cnn mixed_bfloat16 mpl, step: dynamic ÷ none")
     assert Goal("first_step", dynamic, RAW._replace(scaling="dynamic"), 1).name == (
-        "cnn mixed_bfloat16 dynamic scaling, first step: mpl ÷ raw")
+        "cnn mixed_bfloat16 dynamic scaling, first step without imports: mpl ÷ raw")
     assert Goal("matmul_fraction", MPL, None, 0.5).name == (
         "cnn mixed_bfloat16 mpl: matmul fraction")
 

@@ -122,7 +122,8 @@ def test_each_start_is_a_fresh_process_and_the_last_is_kept(fake):
 def test_losses_are_asked_for_after_sixteen_steps_in_all(fake):
     measured(fake, fake.start_of(), starts={A: 1})
     lines = fake.diary.read_text().splitlines()
-    assert lines[:3] == ["mpl steps 15", "mpl memory None", "mpl loss None"]
+    assert lines[:4] == ["mpl loss None", "mpl steps 15", "mpl memory None",
+                         "mpl loss None"]
 
 
 def test_without_rounds_only_starts_are_measured(fake):

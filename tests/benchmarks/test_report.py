@@ -146,3 +146,12 @@ def test_the_picture_is_drawn_or_the_lack_of_matplotlib_is_said(tmp_path, monkey
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert report.draw({}, tmp_path / "c.png", said.append)
     assert len(said) == 1
+
+
+def test_who_trained_nothing_is_found_however_little_there_was_to_learn():
+    still, moved = (Record(first_loss=2.302, loss=loss) for loss in (2.302, 2.300))
+    for policy, shares in (("float32", (0.0, 0.95)), ("mixed_bfloat16", (0.0, 0.6))):
+        raw, mpl = (Run("deep", policy, "none", system) for system in ("raw", "mpl"))
+        assert report.loss_mismatches({raw: moved, mpl: still})
+        close = Record(first_loss=2.302, loss=2.302 - 0.002 * shares[1])
+        assert not report.loss_mismatches({raw: moved, mpl: close})

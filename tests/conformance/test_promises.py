@@ -143,13 +143,14 @@ def test_a_float32_export_of_a_mixed_model_computes_in_float32(strategy_of, tmp_
     assert 0 < np.abs(got - mixed).max() < 0.05
 
 
-def test_too_many_skips_stop_with_a_report(strategy_of):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_too_many_skips_stop_with_a_report(replicas, strategy_of):
     class Poisoned(digits.Digits):
         def loss(self, batch, training):
             output = super().loss(batch, training)
             return output._replace(per_example=output.per_example * np.nan)
 
-    experiment = prepared(Poisoned, strategy_of(1), max_consecutive_skips=4,
+    experiment = prepared(Poisoned, strategy_of(replicas), max_consecutive_skips=4,
                           policy="mixed_float16", hidden=8)
     experiment.trainer.train(50)
     assert int(experiment.global_step) == 4

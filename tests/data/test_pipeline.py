@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from absl import logging
 
-from mpl.data import ArraySource, DatasetSource, Pipeline
+from mpl.data import ArraySource, DatasetSource, Pipeline, as_source
 from mpl.errors import ConfigError
 
 NUM_EXAMPLES, BATCH = 22, 8  # two full batches and one of 6
@@ -288,3 +288,17 @@ def test_a_batch_size_or_seed_out_of_range_is_an_error():
     for seed in (-1, 2**31):
         with pytest.raises(ConfigError, match=rf"`seed` \({seed}\)"):
             _indexed(seed=seed)
+
+
+def test_only_where_no_code_of_users_runs_may_a_loop_wait_for_a_batch():
+    arrays = {"x": np.arange(8.0)}
+
+    def threads(source):
+        made = Pipeline(
+            as_source(source), global_batch_size=4, shuffle=False, repeat=True)
+        size = made.dataset().options().threading.private_threadpool_size
+        return made.has_own_threads, bool(size)
+
+    assert threads(arrays) == (True, True)
+    assert threads(ArraySource(arrays, lambda batch, seed: batch)) == (False, False)
+    assert threads(tf.data.Dataset.from_tensor_slices(arrays)) == (False, False)

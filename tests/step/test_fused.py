@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from mpl.precision.policy import get_policy
 from mpl.step import fused
+from mpl.step.loss_scale_optimizer import LossScaleOptimizer
+from mpl.step.master_weights import MasterWeights
+from mpl.step.state import LossOutput
 
 START = np.linspace(-1, 1, 40_000, dtype="float32")
 GRADIENTS = np.random.default_rng(0).standard_normal((20, 40_000)).astype("float32")
@@ -77,3 +81,32 @@ def test_other_rules_stay_keras_s_own(inner):
 def test_small_variables_keep_the_rule_s_own_operations():
     assert not fused.pays(tf.Variable(tf.zeros([1000])))
     assert fused.pays(tf.Variable(tf.zeros([300, 200])))
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "params=float16,compute=float16"])
+@pytest.mark.parametrize("inner", ["Adam", "SGD"])
+def test_masters_of_16_bits_are_updated_too(policy, inner):
+    with get_policy(policy).scope():
+        model = keras.Sequential(
+            [keras.Input((200,)), keras.layers.Dense(200, use_bias=False)])
+    weights = MasterWeights(model, policy)
+    optimizer = LossScaleOptimizer(
+        getattr(keras.optimizers, inner)(0.1), "none", weights)
+    before = np.array(model.layers[0].kernel, "float32")
+    assert not fused.pays(weights.buckets[0].variable)
+
+    @tf.function
+    def step():
+        params = weights.cast()
+        with tf.GradientTape() as tape:
+            tape.watch(params)
+            with weights.bound(params) as forward:
+                outputs = tf.cast(model(tf.ones((1, 200))), tf.float32)
+                output = LossOutput(tf.reduce_sum(outputs, -1), tf.ones([1]))
+                scaled = optimizer.scale_loss(output, forward)
+        optimizer.apply(weights.gradients(tape, scaled, forward), forward)
+
+    step()
+    weights.publish()
+    moved = before - np.array(model.layers[0].kernel, "float32")
+    np.testing.assert_allclose(moved, 0.1, atol=4e-3)  # the gradient is 1 everywhere

@@ -442,3 +442,33 @@ def test_a_collective_while_a_module_is_lent_is_named(strategy_of):
         tf.function(lambda: strategy.run(replica_step))()
     for name, value in originals.items():
         assert vars(model)[name] is value
+
+
+@pytest.mark.parametrize("pack_below", [0, 2**18])
+def test_all_that_reads_the_params_counts(pack_below):
+    """Two forward passes in one step, and a penalty on the params themselves."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, use_bias=False)])
+    kernel = model.layers[0].kernel.numpy()
+    weights = master_weights.MasterWeights(model, "float32", pack_below=pack_below)
+    optimizer = loss_scale_optimizer.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1), "none", weights)
+    x = tf.ones((2, 4))
+
+    def output():
+        return state.LossOutput(tf.reduce_sum(model(x), -1), tf.ones([2]))
+
+    @tf.function
+    def step():
+        params = weights.cast()
+        with tf.GradientTape() as tape:
+            tape.watch(params)
+            with weights.bound(params) as first:
+                scaled = optimizer.scale_loss(output(), first)
+            with weights.bound(params) as second:
+                scaled += 2.0 * optimizer.scale_loss(output(), second)
+            scaled += sum(tf.reduce_sum(tf.square(param)) for param in params)
+        return weights.gradients(tape, scaled, second)
+
+    bucket, = weights.buckets
+    gradient, = bucket.split(step()[0])
+    np.testing.assert_allclose(gradient, 3 * 2.0 + 2 * kernel, rtol=1e-6)
