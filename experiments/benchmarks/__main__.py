@@ -43,7 +43,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "none for all systems, and dynamic for mpl and raw.", values)
     flags.DEFINE_bool("full", False, "All works, policies and scalings.", values)
     flags.DEFINE_integer("rounds", 7, "Blocks of each system.", 3, None, values)
-    flags.DEFINE_integer("starts", 3, "Processes of each system.", 1, None, values)
+    flags.DEFINE_integer("starts", 3, "Processes of each system; --full: in "
+                         "each policy, else one in all but the last.", 1, None, values)
     flags.DEFINE_float("block_secs", 0.4, "Length of a block of the fastest system.",
                        0.01, None, values)
     flags.DEFINE_enum(
@@ -66,8 +67,13 @@ def plan(
     systems: Sequence[str],
     scaling: str,
     starts: int,
+    full: bool = True,
 ) -> dict[Run, int]:
-    """Returns the runs of a work, and the number of starts of each."""
+    """Returns the runs of a work, and the number of starts of each.
+
+    Unless it is to be full, that number counts where goals ask for it: in the last
+    policy, not of Orbit, not with dynamic scaling beside none. Elsewhere one start does.
+    """
     if scaling in ("none", "dynamic"):
         scalings = {scaling: systems}
     else:
@@ -77,9 +83,9 @@ def plan(
         Run(work, policy, chosen_scaling, system): count
         for policy in policies
         for chosen_scaling, some in scalings.items()
-        # The goals say nothing of starts with dynamic scaling.
-        for count in [1 if len(some) < len(systems) else starts]
         for system in some
+        for count in [starts if len(some) == len(systems) and (
+            full or policy == policies[-1] and system != "orbit") else 1]
     }
 
 
@@ -156,7 +162,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     def measure_work(name: str) -> Records:
         if name == goals.IMPORT:
             return _imports(values.starts, say)
-        starts = plan(name, policies, systems, scaling, values.starts)
+        starts = plan(name, policies, systems, scaling, values.starts, values.full)
         if name == goals.DIGITS:  # for its starts alone
             pair = [system for system in systems if system in ("mpl", "keras_fit")]
             starts = plan(name, policies, pair, "none", values.starts)

@@ -22,7 +22,7 @@ import numpy as np
 
 LOSS_STEPS = 16  # losses are compared and memory is read after so many
 ANSWER_SECS = 900.0  # the longest wait for a worker
-_MULTIPLES = (64, 8)  # `fit` runs whole executions: 64 or 8 steps, or one
+_MULTIPLES = (64, 1)  # `fit` runs whole executions, of 64 steps or one
 _RESAMPLES = 2000
 
 
@@ -423,4 +423,4 @@ def block_length(secs_each: Iterable[float], block_secs: float) -> int:
     times = list(secs_each)
     count = min(block_secs / min(times), 3 * block_secs / max(times))
     multiple = next((n for n in _MULTIPLES if count >= n), _MULTIPLES[-1])
-    return max(multiple, round(count / multiple) * multiple)
+    return max(multiple, 2, round(count / multiple) * multiple)
