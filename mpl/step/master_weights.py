@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,6 +17,8 @@ from mpl.step import sparse as sparse_lib
 from mpl.step import state as state_lib
 
 PACK_BELOW = 256 * 2**10  # bytes
+# Calls after which copying in and out is traced: the trace takes as long as some 30.
+_TRACED_FROM = 8
 
 # Rules that treat each element alike, so that packing cannot change their result.
 # Exact types: a subclass may do otherwise.
@@ -145,6 +147,8 @@ class MasterWeights:
             every variable keeps its true shape.
         """
         packs = inner is None or type(inner) in _ELEMENTWISE
+        self._calls: dict[str, int] = {}
+        self._graphs: dict[str, Callable] = {}  # of `publish` and `adopt`
         # Last created first: their gradients are ready first, and so reduced first.
         self.buckets = bucket_lib.buckets_of(
             [(self._kind(entry, packs), entry) for entry in reversed(self.entries)])
@@ -377,20 +381,35 @@ class MasterWeights:
             for gradient, bucket in zip(of_params, self.buckets)
         ]
 
-    @tf.autograph.experimental.do_not_convert
     def publish(self) -> None:
         """Writes the packed masters back into the model's variables."""
+        self._copy(self._publish)
+
+    def adopt(self) -> None:
+        """Reads the packed masters from the model's variables: publish's inverse."""
+        self._copy(self._adopt)
+
+    @tf.autograph.experimental.do_not_convert
+    def _copy(self, function: Callable) -> None:
+        """Runs many small operations: once it is clear that it pays, as one graph."""
         self._require_built()
+        name, eager = function.__name__, tf.executing_eagerly()
+        spread = isinstance(self.buckets[0].variable, tf.distribute.DistributedValues)
+        if spread or not eager:
+            return function()
+        self._calls[name] = self._calls.get(name, 0) + 1
+        if self._calls[name] == _TRACED_FROM:
+            self._graphs[name] = tf.function(function, autograph=False)
+        self._graphs.get(name, function)()
+
+    def _publish(self) -> None:
         for bucket in self.buckets:
             if bucket.kind.packed:
                 parts = bucket.split(bucket_lib.value_of(bucket.variable))
                 for entry, part in zip(bucket.entries, parts):
                     entry.value.assign(part)
 
-    @tf.autograph.experimental.do_not_convert
-    def adopt(self) -> None:
-        """Reads the packed masters from the model's variables: publish's inverse."""
-        self._require_built()
+    def _adopt(self) -> None:
         for bucket in self.buckets:
             if bucket.kind.packed:
                 values = [bucket_lib.value_of(entry.value) for entry in bucket.entries]

@@ -169,6 +169,21 @@ def test_publish_and_adopt_are_inverses(strategy_of):
         np.testing.assert_array_equal(bucket.variable.numpy(), value)
 
 
+@pytest.mark.parametrize("replicas", [0, 2])
+def test_publish_and_adopt_copy_however_often(strategy_of, replicas):
+    step = _step(strategy_of(replicas))
+    variables = step.model.trainable_variables
+    for number in range(12):  # from some call on they are traced
+        for variable in variables:
+            variable.assign(tf.fill(variable.shape, float(number)))
+        step.weights.adopt()
+        assert all(np.all(m == number) for m in step.masters().values())
+        for bucket in step.weights.buckets:
+            bucket.variable.assign(bucket.variable + 0.5)
+        step.weights.publish()
+        assert all(np.all(variable.numpy() == number + 0.5) for variable in variables)
+
+
 @pytest.mark.parametrize("name", INNER)
 def test_rebuild_keeps_the_slots_of_what_stays(strategy_of, name):
     make_model = functools.partial(models.image_model, dropout=0)
