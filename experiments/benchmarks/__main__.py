@@ -72,7 +72,7 @@ def plan(
     """Returns the runs of a work, and the number of starts of each.
 
     Unless it is to be full, that number counts where goals ask for it: in the last
-    policy, not of Orbit, not with dynamic scaling beside none. Elsewhere one start does.
+    policy, not of Orbit, not with dynamic scaling beside none. Elsewhere one does.
     """
     if scaling in ("none", "dynamic"):
         scalings = {scaling: systems}

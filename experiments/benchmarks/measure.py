@@ -22,7 +22,7 @@ import numpy as np
 
 LOSS_STEPS = 16  # losses are compared and memory is read after so many
 ANSWER_SECS = 900.0  # the longest wait for a worker
-_MULTIPLES = (64, 1)  # `fit` runs whole executions, of 64 steps or one
+_MULTIPLE = 64  # `fit` is fastest in whole executions of as many steps
 _RESAMPLES = 2000
 
 
@@ -422,5 +422,5 @@ def block_length(secs_each: Iterable[float], block_secs: float) -> int:
     """Returns how many steps a block has, for steps that take so many seconds."""
     times = list(secs_each)
     count = min(block_secs / min(times), 3 * block_secs / max(times))
-    multiple = next((n for n in _MULTIPLES if count >= n), _MULTIPLES[-1])
+    multiple = _MULTIPLE if count >= _MULTIPLE / 2 else 1
     return max(multiple, 2, round(count / multiple) * multiple)

@@ -194,35 +194,38 @@ class KerasFit(System):
         self.optimizer = self.model.optimizer
         self._data = self.dataset()
         self._chosen = False
+        self._functions: dict[int, Any] = {}  # traced, by steps of an execution
 
     def _mean_loss(self, y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
         return self.work.loss(y, outputs)
 
     def train(self, num_steps: int) -> None:
-        # `fit` begins the data anew each time.
-        data = self._data.skip(self.steps % works.NUM_BATCHES)
-        self.model.fit(data, steps_per_epoch=num_steps, verbose=0)
+        # An execution is never cut: what does not fill one goes step by step.
+        rest = num_steps % self.steps_per_call
+        self._fit(num_steps - rest, self.steps_per_call)
+        self._fit(rest, 1)
+
+    def _fit(self, num_steps: int, steps_per_execution: int) -> None:
+        if num_steps:
+            # `fit` begins the data anew each time.
+            data = self._data.skip(self.steps % works.NUM_BATCHES)
+            self.model.steps_per_execution = steps_per_execution
+            self.model.train_function = self._functions.get(steps_per_execution)
+            self.model.fit(data, steps_per_epoch=num_steps, verbose=0)
+            self._functions[steps_per_execution] = self.model.train_function
 
     def run(self, num_steps: int) -> None:
-        if not self._chosen and num_steps > works.NUM_BATCHES:  # the first to be timed
+        if num_steps >= 64 and not self._chosen:  # where blocks are so long
             self._chosen = True
-            # Where 64 steps are too long for a block, the host's part is nothing.
-            candidates = (1, 64) if num_steps >= 64 else (1,)
             self.steps_per_call = min(
-                candidates, key=lambda n: self._secs_with(n, num_steps))
-            if self.steps_per_call != candidates[-1]:
-                self._set_steps_per_execution(self.steps_per_call)
+                (1, 64), key=lambda n: self._secs_with(n, num_steps))
         super().run(num_steps)
 
     def _secs_with(self, steps_per_execution: int, num_steps: int) -> float:
-        self._set_steps_per_execution(steps_per_execution)
+        self.steps_per_call = steps_per_execution
         super().run(num_steps)  # traced here
         return min(_secs(lambda: super(KerasFit, self).run(num_steps))
                    for _ in range(2))
-
-    def _set_steps_per_execution(self, count: int) -> None:
-        self.model.steps_per_execution = count
-        self.model.train_function = None
 
     def predictor(self) -> Callable:
         return lambda x: self.model.predict(x, verbose=0)

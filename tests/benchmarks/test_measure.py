@@ -88,8 +88,9 @@ def test_two_samples_have_no_interval():
     ([0.001], 512),  # 500, as executions of 64
     ([0.001, 0.002], 512),
     ([0.001, 0.006], 256),  # 1.5 s for the slowest
-    ([0.02, 0.03], 24),  # 25, as executions of 8
-    ([1.0], 8),
+    ([0.01], 64),  # 50: half an execution and more is made a whole one
+    ([0.02, 0.03], 25),  # too few for executions of 64
+    ([1.0], 2),
 ])
 def test_blocks_are_long_enough_for_the_fastest_and_hold_whole_executions(
         secs, length):
