@@ -53,6 +53,22 @@ def check(inner: keras.optimizers.Optimizer) -> None:
     _check_scope(inner)
 
 
+def check_masters(inner: keras.optimizers.Optimizer, dtypes: set[tf.DType]) -> None:
+    """Raises ConfigError for masters of too few bits: Adam's rule would move nothing.
+
+    It corrects its bias by 1 - beta_2 ** step in the master's dtype; Keras's 0.999 is 1
+    in bfloat16.
+    """
+    beta = getattr(inner, "beta_2", None)
+    for dtype in dtypes if beta is not None and beta < 1 else ():
+        if tf.cast(beta, dtype) == 1:
+            raise errors.ConfigError(
+                f"`beta_2` ({beta}) of {type(inner).__name__} is 1 in the masters' "
+                f"{dtype.name}: it would not move them.",
+                "Use a mixed policy (float32 masters), SGD, or a beta_2 up to 0.996.",
+            )
+
+
 def _check_update_step(inner: keras.optimizers.Optimizer) -> None:
     outside = "apply _backend_update_step _backend_apply_gradients _apply_weight_decay"
     known = keras.optimizers.Optimizer, keras.optimizers.Nadam, keras.optimizers.Muon

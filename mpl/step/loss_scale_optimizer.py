@@ -134,6 +134,7 @@ class LossScaleOptimizer(tf.Module):
 
     def _build(self, buckets: list[bucket_lib.Bucket]) -> None:
         self.buckets = buckets
+        inner_lib.check_masters(self.inner, {b.kind.master for b in buckets})
         for bucket in buckets:
             if bucket.kind.sparse:
                 sparse_lib.check_rule(self.inner, bucket, self.ema_decay)

@@ -248,7 +248,8 @@ def test_batch_statistics_of_any_dtype_export(policy, strategy_of, tmp_path):
                 batch["label"], logits)
             return mpl.LossOutput(losses, batch["weight"], (batch["label"], logits))
 
-    experiment = prepared(Normalised, strategy_of(1), policy=policy)
+    experiment = prepared(
+        Normalised, strategy_of(1), policy=policy, optimizer="sgd")
     experiment.trainer.train(2)
     got = mpl.load_predictor(experiment.export(str(tmp_path / "export")))(
         {"image": digits.digits.load("test")["image"][:8]})

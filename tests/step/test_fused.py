@@ -85,7 +85,7 @@ def test_small_variables_keep_the_rule_s_own_operations():
 
 @pytest.mark.parametrize("policy", ["bfloat16", "params=float16,compute=float16"])
 @pytest.mark.parametrize("inner", [
-    # With Keras's 0.999, which is 1 in bfloat16, Adam's rule itself moves nothing.
+    # Keras's 0.999 is refused: it is 1 in bfloat16.
     lambda: keras.optimizers.Adam(0.1, beta_2=0.9), lambda: keras.optimizers.SGD(0.1),
 ], ids=["adam", "sgd"])
 def test_masters_of_16_bits_are_updated_too(policy, inner):

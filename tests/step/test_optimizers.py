@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import mpl
 from mpl import errors
 from mpl.step import loss_scale_optimizer, master_weights, state
 import small_models as models
@@ -303,6 +304,17 @@ def test_what_is_no_inner_optimizer_is_refused():
     built = optimizers.SGD()
     built.build([keras.Variable(1.0)])
     _refused(built, "was built before")
+
+
+@pytest.mark.parametrize("make", [optimizers.Adam, optimizers.AdamW, optimizers.Lamb])
+def test_masters_that_would_never_move_are_refused(make):
+    with mpl.get_policy("bfloat16").scope():
+        model = _model()
+    weights = master_weights.MasterWeights(model, "bfloat16")
+    optimizer = loss_scale_optimizer.LossScaleOptimizer
+    with pytest.raises(errors.ConfigError, match=r"`beta_2` \(0.999\) .* is 1 in the"):
+        optimizer(make(), "none", weights)
+    assert optimizer(make(beta_2=0.99), "none", weights).buckets
 
 
 def test_an_inner_optimizer_of_another_strategy_is_refused(strategy_of):
