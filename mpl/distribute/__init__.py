@@ -1,8 +1,24 @@
-"""Enters: the name of a strategy and a number of devices.
-Leaves: a `tf.distribute.Strategy`, and global batches dealt to its replicas.
+"""Enters: the name of a strategy, a number of devices, and what the environment tells.
+Leaves: a `tf.distribute.Strategy`, global batches dealt to its replicas, and the peers.
 Next: `mpl.data` makes those global batches.
 """
 
-from mpl.distribute.strategy import check_batch, distribute_dataset, get_strategy
+from mpl.distribute.cluster import Cluster, find_cluster
+from mpl.distribute.peers import Peers, joined
+from mpl.distribute.strategy import (
+    check_batch,
+    choose_name,
+    distribute_dataset,
+    get_strategy,
+)
 
-__all__ = ["check_batch", "distribute_dataset", "get_strategy"]
+__all__ = [
+    "Cluster",
+    "Peers",
+    "check_batch",
+    "choose_name",
+    "distribute_dataset",
+    "find_cluster",
+    "get_strategy",
+    "joined",
+]

@@ -5,39 +5,74 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
+from mpl.distribute import tpu as tpu_lib
+from mpl.distribute.cluster import Cluster
 from mpl.errors import ConfigError
 
-NAMES = ("auto", "one_device", "mirrored")
-_LATER = ("multi_worker_mirrored", "parameter_server", "tpu")
+NAMES = (
+    "auto", "one_device", "mirrored", "multi_worker_mirrored", "parameter_server", "tpu"
+)  # fmt: skip
+_START_A_CLUSTER = (
+    "Set TF_CONFIG, run under Slurm, or start one on this machine: python -m "
+    "mpl.launch.local --workers=2 -- <command>."
+)
 
 
 def get_strategy(
-    name: str = "auto", num_devices: int | None = None
+    name: str = "auto",
+    num_devices: int | None = None,
+    *,
+    cluster: Cluster | None = None,
+    tpu: str | None = None,
+    communication: str = "auto",
+    timeout_secs: float = 300.0,
 ) -> tf.distribute.Strategy:
     """Makes the strategy; nothing may have used TensorFlow's devices before.
 
     Args:
-        name: `one_device`; `mirrored`: a replica on each device; `auto`: mirrored with
-            several GPUs or `num_devices` > 1, else one device.
-        num_devices: how many replicas; None: one for each GPU, 1 where there is none.
-            Without a GPU they are logical devices of the CPU, to try things out.
+        name: `one_device`; `mirrored`: a replica on each device; `auto`, and the others:
+            see `choose_name`.
+        num_devices: how many replicas in this process; None: one for each GPU, 1 where
+            there is none. Without a GPU they are logical devices of the CPU, to try
+            things out.
+        cluster: the processes that train together.
+        tpu: name or address of a TPU.
+        communication: `auto`, `nccl` or `ring`.
+        timeout_secs: how long to wait for a TPU.
 
     Raises:
         ConfigError: an unknown name, a number that does not go with it, fewer devices
             than asked for.
+        ClusterError: the TPU cannot be reached.
     """
+    name = choose_name(name, cluster, tpu)
+    if name == "tpu":
+        return tpu_lib.connect(tpu, timeout_secs)
+    if name == "parameter_server":
+        assert cluster
+        return tf.distribute.ParameterServerStrategy(cluster.resolver)
     # Physical devices: listing logical ones would fix the number of logical CPUs.
-    num_gpus = len(tf.config.get_visible_devices("GPU"))
-    if num_gpus:
+    gpus = tf.config.get_visible_devices("GPU")
+    num_gpus = len(gpus)
+    if num_gpus and name != "multi_worker_mirrored":
         num_gpus = len(tf.config.list_logical_devices("GPU"))
+    if name == "multi_worker_mirrored":
+        return _multi_worker(cluster, num_devices, gpus, communication)
     name, devices = choose_devices(name, num_devices, num_gpus)
     if not num_gpus:
         _ensure_logical_cpus(len(devices))
     logging.info("Strategy %s on %s.", name, ", ".join(devices))
     if name == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
-    if "GPU" in devices[0]:
-        return tf.distribute.MirroredStrategy(devices)
+    if communication == "ring" or communication == "nccl" and not num_gpus:
+        raise ConfigError(
+            f"`communication` ({communication}) does not go with `strategy` mirrored"
+            + (" on CPUs." if communication == "nccl" else "."),
+            "Use --communication=auto; ring is for several processes, nccl for GPUs.",
+        )
+    if num_gpus:
+        nccl = tf.distribute.NcclAllReduce() if communication == "nccl" else None
+        return tf.distribute.MirroredStrategy(devices, cross_device_ops=nccl)
     # TensorFlow's own choice on CPUs, collectives, keeps one group size for the life of
     # a process: a second strategy of another size would fail.
     return tf.distribute.MirroredStrategy(
@@ -45,16 +80,62 @@ def get_strategy(
     )
 
 
+def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
+    """Returns the name of the strategy, `auto` where this machine's devices decide.
+
+    Raises:
+        ConfigError: the name is unknown, or does not go with the cluster or the TPU.
+    """
+    if name not in NAMES:
+        raise ConfigError(
+            f"`strategy` ({name}) is unknown.", f"Use one of {', '.join(NAMES)}."
+        )
+    if tpu is not None or name == "tpu":
+        if name not in ("auto", "tpu") or tpu is None:
+            raise ConfigError(
+                f"`strategy` ({name}) and `tpu` ({tpu}) do not go together.",
+                "Use --strategy=tpu with --tpu=<name or address>, or --tpu=local.",
+            )
+        return "tpu"
+    if cluster is None:
+        if name in ("multi_worker_mirrored", "parameter_server"):
+            cause = f"`strategy` ({name}) needs a cluster, and none is described."
+            raise ConfigError(cause, _START_A_CLUSTER)
+        return name
+    fits = "parameter_server" if cluster.has_servers else "multi_worker_mirrored"
+    if name not in ("auto", fits):
+        raise ConfigError(
+            f"`strategy` ({name}) does not go with the cluster that this process is "
+            f"one of, which is made for {fits}.",
+            f"Use --strategy={fits}, or start the process without a cluster.",
+        )
+    return fits
+
+
+def _multi_worker(
+    cluster: Cluster | None, num_devices: int | None, gpus: list, communication: str
+) -> tf.distribute.Strategy:
+    assert cluster
+    if (num_devices or 1) > (len(gpus) or 1):
+        raise ConfigError(
+            f"`num_devices` ({num_devices}) is more than the {len(gpus) or 1} of each "
+            "process.",
+            "Use fewer, or more processes; without GPUs a process has one device.",
+        )
+    if communication == "nccl" and not gpus:
+        cause = "`communication` (nccl) needs GPUs, and TensorFlow sees none."
+        raise ConfigError(cause, "Use --communication=auto or ring.")
+    if num_devices and gpus:
+        tf.config.set_visible_devices(gpus[:num_devices], "GPU")
+    kind = tf.distribute.experimental.CommunicationImplementation[communication.upper()]
+    options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
+    return tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
+
+
 def choose_devices(
     name: str, num_devices: int | None, num_gpus: int
 ) -> tuple[str, list[str]]:
-    """The rule of `get_strategy`: the name without `auto`, and the devices' names."""
-    if name not in NAMES:
-        raise ConfigError(
-            f"`strategy` ({name}) "
-            + ("is not part of this version." if name in _LATER else "is unknown."),
-            f"Use one of {', '.join(NAMES)}.",
-        )
+    """The rule on one machine: the name without `auto`, and the devices' names."""
     if num_devices is not None and num_devices < 1:
         raise ConfigError(
             f"`num_devices` ({num_devices}) must be 1 or more.",
