@@ -43,6 +43,7 @@ class Experiment:
       config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
       global_step: int64 variable, attempted steps.
       train_steps: length of the training in steps.
+      shard: number of this worker, and of all.
     """
 
     Config: Any = None
@@ -172,13 +173,22 @@ class Experiment:
         """The name of the experiment: that of the class, in snake_case."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def setup(self, config: Any, strategy: tf.distribute.Strategy) -> None:
+    def setup(
+        self, config: Any, strategy: tf.distribute.Strategy,
+        peers: distribute.Peers = distribute.Peers(),
+    ) -> None:
         """Makes everything a run needs; reads data, writes nothing, restores nothing.
+
+        Args:
+          config: the settings.
+          strategy: what runs the steps.
+          peers: the processes that train in step.
 
         Raises:
           ConfigError: if the settings, the model or the data cannot work together.
         """
         self.config, self.strategy = config, strategy
+        self.shard = peers.rank, peers.size
         replicas = strategy.num_replicas_in_sync
         distribute.check_batch(
             config.global_batch_size, replicas, config.accumulate_steps
@@ -193,6 +203,9 @@ class Experiment:
         self._jit_compile = _use_xla(config.jit_compile, replicas)
         self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
         self._build_pipelines()
+        if peers.size > 1:  # before the first variable, which workers send each other
+            peers.agree({f"{split} data": data_lib.fingerprint(pipeline)
+                         for split, pipeline in self.pipelines.items()})
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
             self.build()
@@ -349,7 +362,7 @@ class _Trainer(trainer_lib.Trainer):
     def make_train_dataset(self) -> Any:
         """Returns the training data from the position on."""
         pipeline = self._experiment.pipelines["train"]
-        dataset = pipeline.dataset(int(self.position))
+        dataset = pipeline.dataset(int(self.position), *self._experiment.shard)
         return distribute.distribute_dataset(dataset, self._experiment.strategy)
 
     def train_loop_begin(self) -> None:
@@ -408,7 +421,8 @@ class _Evaluator(evaluator_lib.Evaluator):
         options = evaluator_lib.EvaluatorOptions(use_tf_function=not eager)
         pipeline = experiment.pipelines[split]
         super().__init__(
-            distribute.distribute_dataset(pipeline.dataset(), experiment.strategy),
+            distribute.distribute_dataset(
+                pipeline.dataset(0, *experiment.shard), experiment.strategy),
             options,
         )
         self._experiment = experiment

@@ -4,6 +4,7 @@ Next: `mpl.data` makes those global batches.
 """
 
 from mpl.distribute.cluster import Cluster, find_cluster
+from mpl.distribute.devices import configure, report
 from mpl.distribute.peers import Peers, joined
 from mpl.distribute.strategy import (
     check_batch,
@@ -17,8 +18,10 @@ __all__ = [
     "Peers",
     "check_batch",
     "choose_name",
+    "configure",
     "distribute_dataset",
     "find_cluster",
     "get_strategy",
     "joined",
+    "report",
 ]

@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -157,9 +157,9 @@ class Peers:
         """Returns the chief's value; waits for all."""
         return self.share(value)[0]
 
-    def any(self, flag: bool) -> bool:
-        """Returns whether the flag is true for one of the processes."""
-        return any(self.share(bool(flag)))
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Returns for each flag whether it is true for one of the processes."""
+        return [any(each) for each in zip(*self.share(list(flags)))]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Checks that all processes have the same facts.

@@ -186,7 +186,8 @@ def distribute_dataset(
     """Deals global batches to the replicas, slice by slice, in the dataset's order.
 
     Args:
-        dataset: batches of a static size that `check_batch` accepts.
+        dataset: batches of a static size that `check_batch` accepts; of several workers,
+            this one's part of them.
         strategy: what runs the steps.
 
     Returns:
@@ -196,6 +197,10 @@ def distribute_dataset(
     devices = strategy.extended.worker_devices
     if len(devices) == 1 and "CPU" in devices[0].upper():
         return dataset
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        size = next(iter(tf.nest.flatten(dataset.element_spec))).shape[0]
+        mine = dataset.rebatch(size // len(devices))
+        return strategy.distribute_datasets_from_function(lambda _: mine)
     return strategy.experimental_distribute_dataset(dataset)
 
 

@@ -16,7 +16,7 @@ from absl import logging
 from mpl import distribute, errors
 from mpl.errors import ConfigError
 from mpl.experiment import Experiment
-from mpl.launch import flags, workdir
+from mpl.launch import flags, identity, workdir
 from mpl.launch.config import TRAINING_MODES, RunConfig, merged, parse_early_stop
 from mpl.launch.session import Results, Session, intervals, metric_names, python
 
@@ -128,32 +128,54 @@ def execute(
     """
     experiment, config_class = experiment_class(), experiment_class.Config or RunConfig
     config = merged(config_class, defaults, given)
+    cluster = distribute.find_cluster()
     record, facts = None, {}
     path = workdir.find_run(config, experiment.name)
     if path is not None:
         record, facts = workdir.read_flagfile(path), workdir.read_facts(path)
         config = workdir.go_on(config_class, record, defaults, given)
-    check_before(experiment, config, path)
-    with _eagerly(config.debug_eager):
-        strategy = distribute.get_strategy(config.strategy, config.num_devices)
+    check_before(experiment, config, path, cluster)
+    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+    with (
+        _eagerly(config.debug_eager),
+        distribute.joined(cluster, config.cluster_timeout) as peers,
+    ):
+        peers.agree(identity.facts_of(experiment_class, config, record))
+        strategy = distribute.get_strategy(
+            config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
+            communication=config.communication, timeout_secs=config.cluster_timeout)
         keras.utils.set_random_seed(config.seed)
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
-        experiment.setup(config, strategy)
+        experiment.setup(config, strategy, peers)
         check_after(experiment, config, facts)
-        trains = config.mode in TRAINING_MODES
+        trains = config.mode in TRAINING_MODES and peers.is_chief
         path = path or workdir.create(config.workdir, experiment.name)
         with workdir.lock(path) if trains else contextlib.nullcontext():
-            return Session(experiment, path, start, record).go()
+            return Session(experiment, path, peers, start, record).go()
 
 
-def check_before(experiment: Experiment, config: RunConfig, path: str | None) -> None:
+def check_before(
+    experiment: Experiment, config: RunConfig, path: str | None,
+    cluster: distribute.Cluster | None = None,
+) -> None:
     """Checks what needs no model and would fail late.
 
     Raises:
-        ConfigError: the workdir takes no files, `data_dir` is missing, or the
-            experiment cannot predict and is asked to.
+        ConfigError: the workdir takes no files, `data_dir` is missing, the experiment
+            cannot predict and is asked to, or a cluster lacks a `workdir`.
     """
+    distribute.choose_name(config.strategy, cluster, config.tpu)
+    if cluster is not None and config.workdir is None:
+        raise ConfigError(
+            "`workdir` is not set, and all processes of a cluster must know it.",
+            "Give all of them the same folder: --workdir=<shared folder>.",
+        )
+    if cluster is not None and config.mode == "continuous_eval":
+        raise ConfigError(
+            "`mode` (continuous_eval) is for one process beside the cluster.",
+            "Run it without TF_CONFIG, with the cluster's --workdir.",
+        )
     predict = type(experiment).predict
     if config.mode in TRAINING_MODES:
         place = os.path.join(workdir.RUNS, experiment.name)

@@ -35,6 +35,7 @@ class Checkpoints:
     Args:
         directory: where to write, a local path or one of `tf.io.gfile`; made by `save`.
         max_to_keep: number of checkpoints kept; those written earlier are deleted.
+        writes: whether `save` writes; of processes that train in step one does.
         **objects: what to save, by name: variables, modules, Keras models, optimizers.
 
     Raises:
@@ -42,13 +43,14 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, max_to_keep: int = 5, **objects: Any
+        self, directory: str | os.PathLike[str], *, max_to_keep: int = 5,
+        writes: bool = True, **objects: Any
     ):
         if max_to_keep < 1:
             cause = f"`max_to_keep` ({max_to_keep}) must be at least 1."
             raise ConfigError(cause, "Use 1 to keep the last checkpoint only.")
         self.directory = os.fspath(directory)
-        self.max_to_keep = max_to_keep
+        self.max_to_keep, self._writes = max_to_keep, writes
         self._objects = objects
         self._checkpoint = tf.train.Checkpoint(**objects)
         self._counter = self._checkpoint.save_counter  # made here, so never missing
@@ -57,7 +59,8 @@ class Checkpoints:
     def best(self, metric: str) -> "Checkpoints":
         """Returns the place of the one best checkpoint by `metric`: `best/<metric>`."""
         directory = os.path.join(self.directory, "best", metric.replace("/", "_"))
-        return Checkpoints(directory, max_to_keep=1, **self._objects)
+        return Checkpoints(
+            directory, max_to_keep=1, writes=self._writes, **self._objects)
 
     def paths(self) -> list[str]:
         """Returns the paths of the whole checkpoints kept, the last written last."""
@@ -95,6 +98,8 @@ class Checkpoints:
             CheckpointError: the directory cannot be written.
         """
         path = os.path.join(self.directory, f"ckpt-{int(step)}")
+        if not self._writes:
+            return path
         try:
             tf.io.gfile.makedirs(self.directory)
             kept = [other for other in self.paths() if other != path]
