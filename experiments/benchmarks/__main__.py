@@ -40,7 +40,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
           values)
     flags.DEFINE_enum(
         "scaling", "auto", ["auto", "none", "dynamic", "both"], "Loss scaling; auto: "
-        "none for all systems, and dynamic for mpl and raw.", values)
+        "none for all systems, dynamic for mpl, and for raw where a goal asks.", values)
     flags.DEFINE_bool("full", False, "All works, policies and scalings.", values)
     flags.DEFINE_integer("rounds", 7, "Blocks of each system.", 3, None, values)
     flags.DEFINE_integer("starts", 3, "Processes of each system; --full: in "
@@ -72,7 +72,8 @@ def plan(
     """Returns the runs of a work, and the number of starts of each.
 
     Unless it is to be full, that number counts where goals ask for it: in the last
-    policy, not of Orbit, not with dynamic scaling beside none. Elsewhere one does.
+    policy, not of Orbit, not with dynamic scaling beside none. Elsewhere one does. And
+    a peer runs with dynamic scaling beside none only where a goal asks for it.
     """
     if scaling in ("none", "dynamic"):
         scalings = {scaling: systems}
@@ -86,6 +87,8 @@ def plan(
         for system in some
         for count in [starts if len(some) == len(systems) and (
             full or policy == policies[-1] and system != "orbit") else 1]
+        if full or scaling != "auto" or chosen_scaling == "none" or system == "mpl"
+        or goals.asks_for(Run(work, policy, chosen_scaling, system))
     }
 
 
@@ -165,7 +168,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         starts = plan(name, policies, systems, scaling, values.starts, values.full)
         if name == goals.DIGITS:  # for its starts alone
             pair = [system for system in systems if system in ("mpl", "keras_fit")]
-            starts = plan(name, policies, pair, "none", values.starts)
+            starts = plan(name, policies, pair, "none", values.starts, values.full)
         return measure.measure(
             starts, start, rounds=0 if name == goals.DIGITS else values.rounds,
             block_secs=values.block_secs, updates=works.WORKS[name].updates,

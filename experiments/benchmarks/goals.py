@@ -106,6 +106,11 @@ def samples(record: Record | None, figure: str) -> list[float]:
     }[figure]
 
 
+def asks_for(run: Run) -> bool:
+    """Returns whether one of the goals that stand for themselves is about a run."""
+    return any(run in (goal.over, goal.under) for goal in ALL)
+
+
 def judge(
     records: Records, works: Sequence[str], policies: Sequence[str]
 ) -> list[Result]:

@@ -2,6 +2,7 @@
 
     for each start, for each run:      a fresh process, nothing else at work:
         seconds to the end of the first step; peak memory after 16 steps
+    (runs that are to start less often start two at a time, and are not timed at it)
     keep the last process of each run; compare their losses after 16 steps
     for each round, for each run in turn, another one first each time:
         milliseconds of a step, in a block of as many steps for all
@@ -275,12 +276,12 @@ def measure(
         for run, record in records.items():
             if number < starts[run] - (rounds > 0) and not record.error:
                 with start(run) as worker, _noting(record):
-                    _begin(worker, record)
+                    _begin(worker, record, is_timed=True)
                     worker.process.kill()  # its way out would take half a second
     if rounds > 0:
         for part in _parts(records, available_mb):
             with contextlib.ExitStack() as stack:
-                workers = _keep(part, records, start, stack, say)
+                workers = _keep(part, records, starts, start, stack, say)
                 for do in ("steps", "update") if updates else ("steps",):
                     _take_blocks(do, workers, records, rounds, block_secs, say)
                 _ask_once(workers, records)
@@ -296,10 +297,13 @@ def _noting(record: Record) -> Any:
         record.error = str(error)
 
 
-def _begin(worker: Worker, record: Record, is_kept: bool = False) -> None:
+def _begin(
+    worker: Worker, record: Record, is_timed: bool, is_kept: bool = False
+) -> None:
     record.facts = worker.ready()
-    record.first_steps_s.append(record.facts["first_step_s"])
-    record.builds_s.append(record.facts["first_step_s"] - record.facts["import_s"])
+    if is_timed:
+        record.first_steps_s.append(record.facts["first_step_s"])
+        record.builds_s.append(record.facts["first_step_s"] - record.facts["import_s"])
     if is_kept:
         record.first_loss = worker.ask("loss")["loss"]
     worker.ask("steps", count=LOSS_STEPS - 1)
@@ -337,6 +341,7 @@ def _share(
 def _keep(
     runs: Sequence[Run],
     records: Records,
+    starts: Mapping[Run, int],
     start: Start,
     stack: contextlib.ExitStack,
     say: Callable[[str], None],
@@ -344,13 +349,18 @@ def _keep(
     """Starts the last process of each run, which `stack` will close."""
     say(f"{runs[0].work}: last start of {len(runs)} processes, which are kept")
     workers = {}
-    for run in runs:
-        workers[run] = stack.enter_context(start(run))
-        records[run].side_by_side = str(runs[0])
-        with _noting(records[run]):
-            _begin(workers[run], records[run], is_kept=True)
-            records[run].loss = workers[run].ask("loss")["loss"]
-    return workers
+    timed = {run for run in runs if starts[run] == max(starts.values())}
+    others = [run for run in runs if run not in timed]
+    pairs = [others[number : number + 2] for number in range(0, len(others), 2)]
+    for group in [*([run] for run in runs if run in timed), *pairs]:
+        for run in group:
+            workers[run] = stack.enter_context(start(run))
+        for run in group:
+            records[run].side_by_side = str(runs[0])
+            with _noting(records[run]):
+                _begin(workers[run], records[run], run in timed, is_kept=True)
+                records[run].loss = workers[run].ask("loss")["loss"]
+    return {run: workers[run] for run in runs}
 
 
 def _ask_once(workers: Mapping[Run, Worker], records: Records) -> None:

@@ -50,11 +50,15 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def test_the_default_scalings_are_all_systems_without_and_two_with():
-    starts = benchmark.plan("cnn", ["float32"], benchmark.SYSTEMS, "auto", 3)
+def test_the_default_scales_mpl_and_what_goals_compare_it_with():
+    starts = benchmark.plan("cnn", ["float32"], benchmark.SYSTEMS, "auto", 3, False)
     assert {run[2:]: count for run, count in starts.items()} == {
         ("none", "mpl"): 3, ("none", "raw"): 3, ("none", "keras_fit"): 3,
-        ("none", "orbit"): 3, ("dynamic", "mpl"): 1, ("dynamic", "raw"): 1}
+        ("none", "orbit"): 1, ("dynamic", "mpl"): 1}
+    starts = benchmark.plan("tiny", ["float32"], benchmark.SYSTEMS, "auto", 3, False)
+    assert {run[3] for run in starts if run.scaling == "dynamic"} == {"mpl", "raw"}
+    starts = benchmark.plan("cnn", ["float32"], benchmark.SYSTEMS, "auto", 3)
+    assert {run[3] for run in starts if run.scaling == "dynamic"} == {"mpl", "raw"}
 
 
 @pytest.mark.parametrize("scaling, pairs", [

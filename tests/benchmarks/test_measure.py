@@ -113,11 +113,27 @@ def test_blocks_are_taken_in_turn_and_each_system_is_first_in_turn(fake):
 def test_each_start_is_a_fresh_process_and_the_last_is_kept(fake):
     records = measured(fake, fake.start_of(), starts={A: 3, B: 1})
     assert records[A].first_steps_s == [2.0] * 3 and records[A].rss_mb == [100.0] * 3
-    assert records[B].first_steps_s == [2.0] and records[B].builds_s == [1.5]
-    assert len(fake.workers) == 4
+    assert records[A].builds_s == [1.5] * 3 and len(fake.workers) == 4
     assert fake.diary_of("steps")[0] == ("mpl", measure.LOSS_STEPS - 1)
     assert records[A].loss == 2.5
     assert records[A].checkpoint_s == [0.25] * 3 and records[A].predict_ms == [1.0] * 30
+
+
+def test_runs_that_start_less_often_start_in_pairs_and_are_not_timed(fake):
+    begun = []
+    start = fake.start_of()
+
+    def noting(run):
+        begun.append(run)
+        return start(run)
+
+    records = measured(fake, noting, starts={A: 1, B: 2, C: 1})
+    assert begun == [B, B, A, C]
+    assert records[B].first_steps_s == [2.0] * 2
+    assert records[A].first_steps_s == records[C].builds_s == []
+    assert all(records[run].rss_mb and records[run].ms["steps"] for run in (A, B, C))
+    equal = measured(fake, fake.start_of(), starts={A: 1, B: 1})
+    assert equal[A].first_steps_s == equal[B].first_steps_s == [2.0]
 
 
 def test_losses_are_asked_for_after_sixteen_steps_in_all(fake):
