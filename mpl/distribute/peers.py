@@ -268,7 +268,10 @@ class _Connection:
         line = self._lines.readline()
         if not line:
             raise ConnectionResetError
-        return json.loads(line)
+        message = json.loads(line)
+        if not isinstance(message, dict):  # of a stranger
+            raise ValueError(message)
+        return message
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -285,9 +288,9 @@ def joined(cluster: Cluster | None, timeout_secs: float) -> Iterator[Peers]:
         ClusterError: in place of TensorFlow's errors if a process is gone.
     """
     peers = Peers(cluster, timeout_secs)
-    if cluster is not None:
-        peers.connect()
     try:
+        if cluster is not None:
+            peers.connect()
         yield peers
     except BaseException as error:
         if isinstance(error, _OF_LOSS) and peers.size > 1:
