@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -29,13 +29,20 @@ class Cluster:
         jobs: addresses `host:port` by job: "chief", "worker", "ps".
         job: of this process.
         index: of this process in its job.
-        resolver: TensorFlow's, for its strategies.
     """
 
     jobs: Mapping[str, Sequence[str]]
     job: str
     index: int
-    resolver: Any = dataclasses.field(compare=False, default=None)
+
+    @property
+    def resolver(self) -> tf.distribute.cluster_resolver.ClusterResolver:
+        """What TensorFlow's strategies take, with the GPUs visible by now."""
+        # Slurm's own takes SLURM_PROCID as the index whenever it is asked, and sorts.
+        gpus = tf.config.get_visible_devices("GPU")
+        return _resolvers.SimpleClusterResolver(
+            tf.train.ClusterSpec(dict(self.jobs)), task_type=self.job,
+            task_id=self.index, num_accelerators={"GPU": len(gpus)}, rpc_layer="grpc")
 
     @property
     def has_servers(self) -> bool:
@@ -60,7 +67,7 @@ class Cluster:
         return f"{job} {index} ({self.addresses[rank]})"
 
 
-def find_cluster(environ: Mapping[str, str] = os.environ) -> Cluster | None:
+def find_cluster() -> Cluster | None:
     """Returns the cluster that the environment describes; None: this process alone.
 
     In this order: `TF_CONFIG`; Kubernetes, where `KUBERNETES_SELECTOR` holds the label
@@ -70,12 +77,12 @@ def find_cluster(environ: Mapping[str, str] = os.environ) -> Cluster | None:
     Raises:
         ClusterError: the description is incomplete or contradicts itself.
     """
-    if environ.get("TF_CONFIG", "").strip() not in ("", "{}"):
-        return _from_tf_config(environ["TF_CONFIG"])
-    if environ.get("KUBERNETES_SELECTOR"):
-        return _from_kubernetes(environ, _kubernetes_client)
-    if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        return _from_slurm(environ)
+    if os.environ.get("TF_CONFIG", "").strip() not in ("", "{}"):
+        return _from_tf_config(os.environ["TF_CONFIG"])
+    if selector := os.environ.get("KUBERNETES_SELECTOR"):
+        return _from_kubernetes(selector, os.environ.get("NODE_IP"))
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return _from_slurm()
     return None
 
 
@@ -85,86 +92,79 @@ def _from_tf_config(text: str) -> Cluster | None:
     except ValueError as error:
         cause = f"`TF_CONFIG` is not JSON: {error}."
         raise ClusterError(cause, _EXAMPLE) from error
-    jobs = _key(config, "cluster", dict)
-    for job, addresses in jobs.items():
-        if job not in JOBS:
-            rule = f"`TF_CONFIG` has the job {job!r}; jobs are {', '.join(JOBS)}."
+    jobs, task = _key(config, "cluster", dict), _key(config, "task", dict)
+    job, index = _key(task, "type", str, "task."), _key(task, "index", int, "task.")
+    for name in [*jobs, job]:
+        if name not in JOBS:
+            rule = f"`TF_CONFIG` has the job {name!r}; jobs are {', '.join(JOBS)}."
             remedy = "Leave it out; --mode=continuous_eval evaluates beside training."
             raise ClusterError(rule, remedy)
-        _key(jobs, job, list, "cluster.")
-        for address in addresses:
+    for name in jobs:
+        for address in _key(jobs, name, list, "cluster."):
             host, _, port = str(address).rpartition(":")
             if not (host and port.isdecimal()):
-                rule = f"`TF_CONFIG` has the address {address!r} in cluster.{job}; "
+                rule = f"`TF_CONFIG` has the address {address!r} in cluster.{name}; "
                 raise ClusterError(rule + "addresses are host:port.", _EXAMPLE)
-    task = _key(config, "task", dict)
-    job, index = _key(task, "type", str, "task."), _key(task, "index", int, "task.")
     if not 0 <= index < len(jobs.get(job, ())):
-        counts = ", ".join(f"{len(addresses)} {job}" for job, addresses in jobs.items())
+        counts = ", ".join(f"{len(jobs[name])} {name}" for name in jobs)
         raise ClusterError(
             f"`TF_CONFIG` has the task {job} {index}, which is not in its cluster of "
             f"{counts}.",
             "Count the tasks of a job from 0, and list the addresses of all.",
         )
-    return _checked(Cluster(
-        jobs, job, index, _resolvers.TFConfigClusterResolver()), "TF_CONFIG")
+    return _checked(Cluster(jobs, job, index), "TF_CONFIG")
 
 
 def _key(mapping: Any, key: str, kind: type, path: str = "") -> Any:
     """Returns an entry of TF_CONFIG."""
     value = mapping.get(key) if isinstance(mapping, dict) else None
-    if isinstance(value, kind) and not isinstance(value, bool) and value not in ({}, []):
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if fits and value not in ({}, []):
         return value
-    kinds = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+    kinds = {dict: "an object with entries", list: "a list with entries",
+             str: "a string", int: "an integer"}
     lacks = "lacks the key" if value is None else f"has {value!r} for the key"
-    raise ClusterError(
-        f"`TF_CONFIG` {lacks} {path + key!r}, which must be {kinds[kind]} and hold "
-        "something.", _EXAMPLE)
+    rule = f"`TF_CONFIG` {lacks} {path + key!r}, which must be {kinds[kind]}."
+    raise ClusterError(rule, _EXAMPLE)
 
 
-def _from_slurm(environ: Mapping[str, str]) -> Cluster | None:
+def _from_slurm() -> Cluster | None:
     """A worker for each task of the step, on its node's name and its own port."""
     try:
-        job_id = int(environ.get("SLURM_JOB_ID", 0))
+        port = _SLURM_PORTS[int(os.environ["SLURM_JOB_ID"]) % len(_SLURM_PORTS)]
+        # Which GPU a task sees is left to Slurm; the resolver must only not ask.
         resolver = _resolvers.SlurmClusterResolver(
-            port_base=_SLURM_PORTS[job_id % len(_SLURM_PORTS)],
-            # Which GPU a task sees is left to Slurm; the resolver must only not ask.
-            gpus_per_node=2**10, gpus_per_task=1, auto_set_gpu=False)
+            port_base=port, gpus_per_node=2**10, gpus_per_task=1, auto_set_gpu=False)
         addresses = resolver.cluster_spec().as_dict()["worker"]
         # The resolver sorts the nodes by name, which need not be the ranks' order.
-        host, local = environ["SLURMD_NODENAME"], int(environ["SLURM_LOCALID"])
-        own = [address for address in addresses if address.startswith(f"{host}:")][local]
+        own_port = port + int(os.environ["SLURM_LOCALID"])
+        index = addresses.index(f"{os.environ['SLURMD_NODENAME']}:{own_port}")
     except (RuntimeError, ValueError, LookupError) as error:
-        cause = f"The Slurm step cannot be read: {error}.".replace("\n", " ")
+        cause = f"The Slurm step cannot be read: {error!r}.".replace("\n", " ")
         raise ClusterError(cause, "Start it by srun, or set TF_CONFIG.") from error
-    resolver.task_type, resolver.task_id = "worker", addresses.index(own)
-    return _checked(
-        Cluster({"worker": addresses}, "worker", resolver.task_id, resolver), "Slurm")
+    return _checked(Cluster({"worker": addresses}, "worker", index), "Slurm")
 
 
-def _kubernetes_client() -> Any:
-    from kubernetes import client, config
-
-    config.load_incluster_config()
-    return client.CoreV1Api()
-
-
-def _from_kubernetes(
-    environ: Mapping[str, str], make_client: Callable[[], Any]
-) -> Cluster | None:
-    """A worker for each pod of the selector; the resolver tells their nodes' addresses."""
+def _from_kubernetes(selector: str, node_ip: str | None) -> Cluster | None:
+    """A worker for each pod of the selector, at its node's address."""
+    remedy = "See docs/clusters.md for what a pod needs, or set TF_CONFIG."
     try:
+        from kubernetes import client, config
+
+        config.load_incluster_config()
         resolver = _resolvers.KubernetesClusterResolver(
-            {"worker": [environ["KUBERNETES_SELECTOR"]]},
-            tf_server_port=_KUBERNETES_PORT, override_client=make_client())
-        addresses = resolver.cluster_spec().as_dict()["worker"]
-        own = addresses.index(f"{environ['NODE_IP']}:{_KUBERNETES_PORT}")
+            {"worker": [selector]}, _KUBERNETES_PORT,
+            override_client=client.CoreV1Api())
+        addresses = list(resolver.cluster_spec().as_dict()["worker"])
     except Exception as error:  # of a client that is no part of mpl
         cause = f"The pods cannot be listed: {error!r}.".replace("\n", " ")
-        remedy = "See docs/clusters.md for what a pod needs, or set TF_CONFIG."
         raise ClusterError(cause, remedy) from error
-    resolver.task_type, resolver.task_id = "worker", own
-    return _checked(Cluster({"worker": addresses}, "worker", own, resolver),
+    own = f"{node_ip}:{_KUBERNETES_PORT}"
+    if own not in addresses:
+        where = ", ".join(addresses) or "there are none"
+        cause = f"`NODE_IP` ({node_ip}) is no address of a pod's node: {where}."
+        raise ClusterError(cause, remedy)
+    return _checked(Cluster({"worker": addresses}, "worker", addresses.index(own)),
                     "KUBERNETES_SELECTOR")
 
 
