@@ -43,7 +43,7 @@ class Experiment:
       config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
       global_step: int64 variable, attempted steps.
       train_steps: length of the training in steps.
-      shard: number of this worker, and of all.
+      shard: which part of each global batch this worker trains on.
     """
 
     Config: Any = None
@@ -188,7 +188,7 @@ class Experiment:
           ConfigError: if the settings, the model or the data cannot work together.
         """
         self.config, self.strategy = config, strategy
-        self.shard = peers.rank, peers.size
+        self.shard = {"shard": peers.rank, "num_shards": peers.size}
         replicas = strategy.num_replicas_in_sync
         distribute.check_batch(
             config.global_batch_size, replicas, config.accumulate_steps
@@ -362,7 +362,7 @@ class _Trainer(trainer_lib.Trainer):
     def make_train_dataset(self) -> Any:
         """Returns the training data from the position on."""
         pipeline = self._experiment.pipelines["train"]
-        dataset = pipeline.dataset(int(self.position), *self._experiment.shard)
+        dataset = pipeline.dataset(int(self.position), **self._experiment.shard)
         return distribute.distribute_dataset(dataset, self._experiment.strategy)
 
     def train_loop_begin(self) -> None:
@@ -422,7 +422,7 @@ class _Evaluator(evaluator_lib.Evaluator):
         pipeline = experiment.pipelines[split]
         super().__init__(
             distribute.distribute_dataset(
-                pipeline.dataset(0, *experiment.shard), experiment.strategy),
+                pipeline.dataset(**experiment.shard), experiment.strategy),
             options,
         )
         self._experiment = experiment
