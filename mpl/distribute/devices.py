@@ -30,7 +30,7 @@ _NAMED = 8  # so many devices of a strategy are listed by number
 def configure(visible_devices: str | None, gpu_memory_limit_mb: int | None) -> None:
     """Sets up the GPUs; nothing may have used TensorFlow's devices before.
 
-    Memory is taken as needed, unless there is a limit: that is then taken at once.
+    Memory is taken as it is needed; a limited amount at once.
 
     Args:
         visible_devices: numbers of GPUs among those that CUDA_VISIBLE_DEVICES leaves,
@@ -58,10 +58,9 @@ def configure(visible_devices: str | None, gpu_memory_limit_mb: int | None) -> N
             raise _no_gpu("The machine has NVIDIA GPUs")
     if numbers and numbers[-1] >= len(gpus):
         raise ConfigError(
-            f"{given[0]} has the number {numbers[-1]}, and TensorFlow sees {len(gpus)} "
-            "GPUs, counted from 0.",
-            f"Use numbers below {len(gpus)}, or look at CUDA_VISIBLE_DEVICES.",
-        )
+            f"{given[0]} has the number {numbers[-1]}, and the GPUs that TensorFlow "
+            f"sees are {len(gpus)}, counted from 0.",
+            f"Use numbers below {len(gpus)}, or look at CUDA_VISIBLE_DEVICES.")
     try:
         if numbers is not None:
             tf.config.set_visible_devices([gpus[number] for number in numbers], "GPU")
@@ -71,9 +70,9 @@ def configure(visible_devices: str | None, gpu_memory_limit_mb: int | None) -> N
                 gpu, [tf.config.LogicalDeviceConfiguration(gpu_memory_limit_mb)])
     except RuntimeError as error:
         raise ConfigError(
-            f"{' and '.join(given)} differs from how TensorFlow has set up its devices; "
+            f"{' and '.join(given)} differs from how TensorFlow's devices are set up; "
             "they are already initialised.",
-            "Start before any tensor is made, or restart the notebook's kernel.",
+            "Start before any tensor is made, or restart the notebook's kernel."
         ) from error
     try:
         for gpu in visible:
@@ -93,10 +92,9 @@ def _parse(visible_devices: str | None) -> list[int] | None:
     if len(numbers) == len(words):
         return sorted(numbers)
     raise ConfigError(
-        f"`visible_devices` ({visible_devices}) must be different numbers of GPUs, with "
+        f"`visible_devices` ({visible_devices}) must be different numbers of GPUs with "
         "commas between them, or cpu.",
-        "Write for example --visible_devices=0,2.",
-    )
+        "Write for example --visible_devices=0,2.")
 
 
 def _no_gpu(subject: str) -> ConfigError:
@@ -121,8 +119,7 @@ def _no_gpu(subject: str) -> ConfigError:
         remedy = "Look there, with TF_CPP_MIN_LOG_LEVEL=0, for what cannot be opened"
     return ConfigError(
         f"{subject}, and TensorFlow sees none: {cause}.",
-        f"{remedy}, or use the CPU on purpose: --visible_devices=cpu.",
-    )
+        f"{remedy}, or use the CPU on purpose: --visible_devices=cpu.")
 
 
 def _mask() -> str | None:
@@ -164,10 +161,8 @@ def libraries() -> dict[str, tuple[str | None, str | None]]:
             if match := re.match(r"nvidia-cudnn-cu\d.*>=(\d+\.\d+)", line):
                 cudnn = match[1]
     own = f"-cu{(cuda or '').partition('.')[0]}"
-    return {
-        "CUDA": (_installed("nvidia-cuda-runtime", own), cuda),
-        "cuDNN": (_installed("nvidia-cudnn", own), cudnn),
-    }
+    return {"CUDA": (_installed("nvidia-cuda-runtime", own), cuda),
+            "cuDNN": (_installed("nvidia-cudnn", own), cudnn)}  # fmt: skip
 
 
 def _installed(package: str, own: str) -> str | None:
@@ -208,8 +203,7 @@ def report(strategy: tf.distribute.Strategy, why: str) -> str:
         strategy: what was chosen.
         why: the reason, in a few words.
     """
-    rows = [*_gpu_rows()]
-    devices = strategy.extended.worker_devices
+    rows, devices = [*_gpu_rows()], strategy.extended.worker_devices
     if "TPU:" in devices[0]:
         hosts = len({device.rpartition("/device:")[0] for device in devices})
         rows.append(("TPU", f"{len(devices)} cores, {len(devices) // hosts} a host"))
@@ -286,8 +280,7 @@ def _describe(strategy: tf.distribute.Strategy) -> str:
         visible = tf.config.get_visible_devices("GPU")
         numbers = dict(enumerate(n for n, gpu in enumerate(gpus) if gpu in visible))
         places = [str(numbers.get(int(place), place)) for place in places]
-    on = f"{kind} {', '.join(places)}"
-    if len(places) > _NAMED:
-        on = f"{len(places)} {kind}s"
+    few = len(places) <= _NAMED
+    on = f"{kind} {', '.join(places)}" if few else f"{len(places)} {kind}s"
     here = "" if count == len(places) else ", here"
     return f"{name}, {count} replica{'s' * (count > 1)}{here} on {on}"
