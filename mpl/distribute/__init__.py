@@ -11,6 +11,7 @@ from mpl.distribute.strategy import (
     choose_name,
     distribute_dataset,
     get_strategy,
+    reason,
 )
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "find_cluster",
     "get_strategy",
     "joined",
+    "reason",
     "report",
 ]

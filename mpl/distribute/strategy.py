@@ -112,6 +112,18 @@ def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
     return fits
 
 
+def reason(name: str, num_devices: int | None, cluster: Cluster | None) -> str:
+    """Returns why `get_strategy` chose what it did, in a few words."""
+    if name != "auto":
+        return f"--strategy={name}"
+    if cluster is not None:
+        return f"a cluster of {len(cluster.addresses)} processes"
+    if num_devices is not None:
+        return f"--num_devices={num_devices}"
+    count = len(tf.config.get_visible_devices("GPU"))
+    return f"GPUs found: {count}" if count else "no GPU was found"
+
+
 def _multi_worker(
     cluster: Cluster | None, num_devices: int | None, gpus: list, communication: str
 ) -> tf.distribute.Strategy:
@@ -150,7 +162,7 @@ def choose_devices(
         raise ConfigError(
             f"`num_devices` ({num_devices}) is more than the {num_gpus} GPUs that "
             "TensorFlow sees.",
-            f"Use at most {num_gpus}; CUDA_VISIBLE_DEVICES=-1 uses the CPU instead.",
+            f"Use at most {num_gpus}; --visible_devices=cpu uses the CPU instead.",
         )
     count = 1 if name == "one_device" else num_devices or num_gpus or 1
     if name == "auto":

@@ -129,21 +129,21 @@ def execute(
     experiment, config_class = experiment_class(), experiment_class.Config or RunConfig
     config = merged(config_class, defaults, given)
     cluster = distribute.find_cluster()
+    if config.device_report:
+        _strategy(config, cluster)
+        return {}
     record, facts = None, {}
     path = workdir.find_run(config, experiment.name)
     if path is not None:
         record, facts = workdir.read_flagfile(path), workdir.read_facts(path)
         config = workdir.go_on(config_class, record, defaults, given)
     check_before(experiment, config, path, cluster)
-    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
     with (
         _eagerly(config.debug_eager),
         distribute.joined(cluster, config.cluster_timeout) as peers,
     ):
         peers.agree(identity.facts_of(experiment_class, config, record))
-        strategy = distribute.get_strategy(
-            config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
-            communication=config.communication, timeout_secs=config.cluster_timeout)
+        strategy = _strategy(config, cluster)
         keras.utils.set_random_seed(config.seed)
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
@@ -153,6 +153,19 @@ def execute(
         path = path or workdir.create(config.workdir, experiment.name)
         with workdir.lock(path) if trains else contextlib.nullcontext():
             return Session(experiment, path, peers, start, record).go()
+
+
+def _strategy(
+    config: RunConfig, cluster: distribute.Cluster | None
+) -> tf.distribute.Strategy:
+    """Sets the devices up, and says what they are."""
+    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+    strategy = distribute.get_strategy(
+        config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
+        communication=config.communication, timeout_secs=config.cluster_timeout)
+    why = distribute.reason(config.strategy, config.num_devices, cluster)
+    print(distribute.report(strategy, why), flush=True)
+    return strategy
 
 
 def check_before(
