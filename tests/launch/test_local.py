@@ -232,10 +232,17 @@ for text in (b"1 %\\r", b"2 %\\r", b"\\ndone\\r\\n", b"\\xff\\xc3", b"\\xa9\\n")
 
 
 def test_processes_see_no_terminal_and_lead_their_groups(started):
-    _, lines = started("""
+    former, (reader, writer) = os.dup(0), os.openpty()
+    os.dup2(reader, 0)
+    try:
+        _, lines = started("""
 print([os.isatty(i) for i in range(3)], repr(sys.stdin.read()))
 print(os.getpgrp() == os.getsid(0) == os.getpid())
 """, 1)
+    finally:
+        os.dup2(former, 0)
+        for number in (former, reader, writer):
+            os.close(number)
     assert lines == ["[worker 0] [False, False, False] ''", "[worker 0] True"]
 
 
@@ -278,9 +285,9 @@ time.sleep(60)
     assert 0.5 < time.monotonic() - before < 20
     assert code == 128 + signal.SIGSEGV
     assert lines == [
-        "[local] worker 1 failed first: killed by SIGSEGV; the others have 0.5 s to "
-        "end.", "[worker 0] terminated",
-        "[local] worker 1 failed first: killed by SIGSEGV."]
+        "[local] worker 1 failed first: killed by signal 11 (Segmentation fault); the "
+        "others have 0.5 s to end.", "[worker 0] terminated",
+        "[local] worker 1 failed first: killed by signal 11 (Segmentation fault)."]
 
 
 def test_who_ignores_sigterm_is_killed_with_what_it_started(started, monkeypatch):
@@ -364,7 +371,7 @@ while True:
         thread.join()
     assert code == 128 + signal.SIGKILL
     assert lines[1:] == ["[local] SIGINT is passed on; a second SIGINT kills.",
-                         "[local] worker 0 failed first: killed by SIGKILL."]
+                         "[local] worker 0 failed first: killed by signal 9 (Killed)."]
 
 
 def test_an_ignored_signal_stays_ignored(started):
@@ -434,8 +441,8 @@ else:
     assert code == 0
     address = lines[0]
     assert address.startswith("[worker 1] 127.0.0.1:")
-    assert lines == [
-        address, "[local] worker 1: killed by SIGKILL; it is started again.", address]
+    again = "[local] worker 1: killed by signal 9 (Killed); it is started again."
+    assert lines == [address, again, address]
 
 
 def test_restarts_come_to_an_end(started):
@@ -446,16 +453,15 @@ if me == "worker 0":
 time.sleep(60)
 """, 1, 1, restarts=2, grace_secs=0)
     assert code == 128 + signal.SIGKILL
-    assert lines == 2 * [
-        "[local] worker 0: killed by SIGKILL; it is started again."] + [
-        "[local] worker 0 failed first: killed by SIGKILL; the others have 0 s to end.",
-        "[local] worker 0 failed first: killed by SIGKILL."]
+    again = "[local] worker 0: killed by signal 9 (Killed); it is started again."
+    how = "[local] worker 0 failed first: killed by signal 9 (Killed)"
+    assert lines == [again, again, f"{how}; the others have 0 s to end.", f"{how}."]
 
 
 @pytest.mark.parametrize("failing, code, how", [
     ("chief 0", 5, "exit code 5"), ("ps 0", 6, "exit code 6"),
-    ("worker 0", 1, "exit code 1"), ("ps 0", -9, "killed by SIGKILL"),
-    ("chief 0", -9, "killed by SIGKILL"),
+    ("worker 0", 1, "exit code 1"), ("ps 0", -9, "killed by signal 9 (Killed)"),
+    ("chief 0", -9, "killed by signal 9 (Killed)"),
 ])
 def test_other_failures_end_a_cluster_with_servers(failing, code, how, started):
     end = f"sys.exit({code})" if code > 0 else f"os.kill(os.getpid(), {-code})"
@@ -468,15 +474,25 @@ def test_other_failures_end_a_cluster_with_servers(failing, code, how, started):
 def test_without_servers_a_killed_worker_is_a_failure(started):
     code, lines = started("os.kill(os.getpid(), signal.SIGKILL)", 1)
     assert (code, lines) == (
-        137, ["[local] worker 0 failed first: killed by SIGKILL."])
+        137, ["[local] worker 0 failed first: killed by signal 9 (Killed)."])
 
 
-def test_after_a_signal_no_worker_is_started_again(started, tmp_path):
+def test_after_a_signal_no_worker_is_started_again(started, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_KILL_SECS", 0.2)
     thread = signal_when(tmp_path / "worker 0", signal.SIGTERM)
-    code, lines = started("touch(me); time.sleep(60)", 1, 1, grace_secs=0)
+    code, lines = started("""
+if job == "worker":
+    wait("chief 0", "ps 0")
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+touch(me)
+time.sleep(60)
+""", 1, 1, grace_secs=0)
     thread.join()
     assert code == 128 + signal.SIGTERM
-    assert not [line for line in lines if "again" in line]
+    how = "[local] worker 0 failed first: killed by signal 15 (Terminated)"
+    assert lines == ["[local] SIGTERM is passed on; a second SIGINT kills.",
+                     f"{how}; the others have 0 s to end.", f"{how}."]
 
 
 # Usage
