@@ -190,7 +190,9 @@ class _LocalCluster:
     def _judge(self, process: "_Process", code: int) -> None:
         if self._code is not None:
             return
-        how = f"exit code {code}" if code >= 0 else f"killed by {_name(-code)}"
+        how = f"exit code {code}"
+        if code < 0:
+            how = f"killed by signal {-code} ({signal.strsignal(-code)})"
         is_spare = self._has_servers and process.job == "worker" and code < 0
         if is_spare and self._restarts and not self._stops:
             self._restarts -= 1
@@ -287,13 +289,6 @@ def _never_orphaned() -> Callable[[], None] | None:
             os._exit(1)
 
     return call
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 def _say(text: str) -> None:
