@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from mpl import errors
+from mpl.step import binding as binding_lib
 from mpl.step import sparse as sparse_lib
 from mpl.step import state as state_lib
 
@@ -117,7 +118,7 @@ def _prepare(
 ) -> Prepared:
     """Reduces, unscales, checks and clips; replica context, outside control flow."""
     summed = [
-        _all_reduce(context, _cast(gradient, _wide(optimizer.reduce_dtype, bucket)))
+        _all_reduce(context, _cast(gradient, _reduce_dtype(optimizer, bucket)))
         for gradient, bucket in zip(gradients, optimizer.buckets)
     ]
     summed = [
@@ -168,6 +169,12 @@ def _wide(reduce_dtype: tf.DType, bucket: Any) -> tf.DType:
     """Returns the dtype to reduce in: never narrower than float64 masters ask."""
     master = bucket.variable.dtype
     return master if master.size > 4 else reduce_dtype
+
+
+def _reduce_dtype(optimizer: Any, bucket: Any) -> tf.DType:
+    if optimizer.reduce_dtype == "compute":
+        return bucket.kind.compute
+    return _wide(optimizer.reduce_dtype, bucket)
 
 
 def _cast(gradient: Any, dtype: tf.DType) -> Any:
@@ -250,6 +257,21 @@ def _squares(bucket: Any, gradient: Any) -> tf.Tensor:
     return bucket.squares(gradient)
 
 
+def check_accumulation(model: Any, steps: int) -> None:
+    """Raises ConfigError for a model that `accumulate` cannot run in so many steps.
+
+    A loop over micro-batches holds no collective.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    for layer in binding_lib.flatten_layers(model) if min(steps, replicas) > 1 else ():
+        if getattr(layer, "synchronized", False):
+            raise errors.ConfigError(
+                f"layer {layer.path!r} has `synchronized` batch statistics, which "
+                f"{steps} micro-batches on {replicas} replicas cannot have.",
+                "Use --accumulate_steps=1, or synchronized=False in the layer.",
+            )
+
+
 def accumulate(
     replica_forward: Callable,
     batch: Any,
@@ -277,10 +299,12 @@ def accumulate(
       Gradients, a `Forward` and the `LossOutput` of the whole batch.
 
     Raises:
-      ConfigError: if the batch cannot be divided.
+      ConfigError: if the batch cannot be divided, or a layer of the model synchronises
+        its batch statistics over several replicas.
     """
     if steps == 1:
         return replica_forward(batch, None)
+    check_accumulation(weights.model, steps)
     for leaf in tf.nest.flatten(batch):
         size = leaf.shape[0] if leaf.shape.rank else None
         if leaf.shape.rank == 0 or (size is not None and size % steps):
