@@ -362,7 +362,8 @@ def accumulate(
     _, sums, state, scale, kept = tf.while_loop(
         lambda index, *_: index < steps, body, first)
     leaves = iter(
-        array.concat() if spec.shape.rank else array.stack()
+        tf.reshape(array.stack(), [-1, *spec.shape[1:]])  # XLA asks for static shapes
+        if spec.shape.is_fully_defined() else array.concat()
         for array, spec in zip(kept, kept_specs)
     )
     whole = state_lib.Forward(
