@@ -274,9 +274,7 @@ class Experiment:
     ) -> optimizer_lib.LossScaleOptimizer:
         gradients_lib.check_accumulation(weights.model, self.config.accumulate_steps)
         return optimizer_lib.LossScaleOptimizer(
-            self.build_optimizer(self.config),
-            self.loss_scale,
-            weights,
+            self.build_optimizer(self.config), self.loss_scale, weights,
             clip_norm=self.config.clip_norm,
             ema_decay=self.config.ema_decay,
             nominal_weight=self.config.global_batch_size,

@@ -71,6 +71,6 @@ def connect(
 
 
 def topology(strategy: tf.distribute.Strategy) -> str:
-    """Returns what a TPU's strategy runs on, as `8 cores on 1 host`."""
-    cores, hosts = strategy.num_replicas_in_sync, strategy.extended.num_hosts
-    return f"{cores} cores on {hosts} host{'s' * (hosts != 1)}"
+    """Returns how much of a TPU a strategy uses, as `cores: 8, hosts: 1`."""
+    hosts = strategy.extended.num_hosts
+    return f"cores: {strategy.num_replicas_in_sync}, hosts: {hosts}"

@@ -264,8 +264,8 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
     if loss_scale.is_dynamic and on_tpu():
         shown = name if isinstance(name, str) else type(name).__name__
         raise ConfigError(
-            f"`loss_scale` ({shown}) is dynamic, which float16 needs; a TPU computes in "
-            "bfloat16, which needs none.",
+            f"`loss_scale` ({shown}) is dynamic, which float16 needs; a TPU computes "
+            "in bfloat16, which needs none.",
             "Use --policy=mixed_bfloat16 with --loss_scale=auto.",
         )
     return loss_scale

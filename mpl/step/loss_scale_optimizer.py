@@ -87,7 +87,7 @@ class LossScaleOptimizer(tf.Module):
         self.clip_norm = clip_norm
         self.ema_decay = ema_decay
         self.nominal_weight = float(nominal_weight)
-        self.reduce_dtype = _dtype_or_compute(reduce_dtype)
+        self.reduce_dtype = gradients_lib.parse_reduce_dtype(reduce_dtype)
         self.share = self.loss_scale.register()
         self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []
@@ -397,18 +397,6 @@ def _check_numbers(
             f"`nominal_weight` ({nominal_weight}) must be positive and finite.",
             "Use the global batch size, or 1.0.",
         )
-
-
-def _dtype_or_compute(name: Any) -> Any:
-    try:
-        if name == "compute" or tf.as_dtype(name).is_floating:
-            return name if name == "compute" else tf.as_dtype(name)
-    except TypeError:
-        pass
-    raise errors.ConfigError(
-        f"`reduce_dtype` ({name}) must be a floating dtype or 'compute'.",
-        "Use float32, or 'compute' to sum 16-bit gradients in 16 bits.",
-    )
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:

@@ -85,9 +85,8 @@ def test_start_up_is_tensorflows(name, device, scopes):
 
 def test_topology_counts_cores_and_hosts():
     strategy = FakeTpu()
-    assert tpu.topology(strategy) == "1 cores on 1 host"
     strategy.extended.num_hosts = 2
-    assert tpu.topology(strategy) == "1 cores on 2 hosts"
+    assert tpu.topology(strategy) == "cores: 1, hosts: 2"
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def test_one_reduction_a_bucket_in_the_order_of_the_backward_pass(
 
 @pytest.mark.parametrize("bucket_mb", [0, -1, float("nan"), float("inf")])
 def test_a_bound_of_buckets_is_positive(bucket_mb):
-    with pytest.raises(errors.ConfigError, match=r"`bucket_mb` \(.*\) must be positive"):
+    message = r"`bucket_mb` \(.*\) must be positive"
+    with pytest.raises(errors.ConfigError, match=message):
         mpl.MasterWeights(_stack(), "float32", bucket_mb=bucket_mb)
 
 
