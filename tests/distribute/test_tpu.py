@@ -170,7 +170,7 @@ def test_a_name_that_nobody_resolves():
     """Off Google's cloud the metadata server, which knows the project, is silent."""
     with mute_server() as port:
         cause, secs = failing("v4", 3, GCE_METADATA_IP=f"127.0.0.1:{port}")
-    assert cause == "The TPU 'v4' did not answer within 3 s." and secs < 10
+    assert cause == "The TPU 'v4' did not answer within 3 s." and secs < 30
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_an_address_that_is_silent():
     with mute_server() as port:
         name = f"grpc://127.0.0.1:{port}"
         cause, secs = failing(name, 5)
-    assert cause == f"The TPU '{name}' did not answer within 5 s." and secs < 15
+    assert cause == f"The TPU '{name}' did not answer within 5 s." and secs < 30
 
 
 @pytest.mark.slow
