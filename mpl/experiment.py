@@ -101,7 +101,8 @@ class Experiment:
 
     def build_weights(self, model: Any) -> master_weights_lib.MasterWeights:
         """Returns the master weights of a model, with groups where wanted."""
-        return master_weights_lib.MasterWeights(model, self.policy)
+        return master_weights_lib.MasterWeights(
+            model, self.policy, bucket_mb=self.config.bucket_mb)
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, iterator: Any) -> None:
@@ -201,7 +202,8 @@ class Experiment:
                 "Use mpl.accumulate in it, and set `accumulates = True` in the class.",
             )
         self._jit_compile = _use_xla(config.jit_compile, replicas)
-        self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
+        with strategy.scope():  # `auto` asks whether it is a TPU's
+            self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
         self._build_pipelines()
         if peers.size > 1:  # before the first variable, which workers send each other
             peers.agree({f"{split} data": data_lib.fingerprint(pipeline)
@@ -283,13 +285,13 @@ class Experiment:
     def _wrap_optimizer(
         self, weights: master_weights_lib.MasterWeights
     ) -> optimizer_lib.LossScaleOptimizer:
+        gradients_lib.check_accumulation(weights.model, self.config.accumulate_steps)
         return optimizer_lib.LossScaleOptimizer(
-            self.build_optimizer(self.config),
-            self.loss_scale,
-            weights,
+            self.build_optimizer(self.config), self.loss_scale, weights,
             clip_norm=self.config.clip_norm,
             ema_decay=self.config.ema_decay,
             nominal_weight=self.config.global_batch_size,
+            reduce_dtype=self.config.reduce_dtype,
         )
 
     def checkpoint_objects(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from mpl.errors import ConfigError
 from mpl.precision.cast import map_floating
-from mpl.precision.policy import Policy, get_policy
+from mpl.precision.policy import Policy, get_policy, on_tpu
 
 # Between these a scale and its reciprocal are normal float32 numbers.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
@@ -258,10 +258,20 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
         policy: the policy that `auto` looks at; without one, `auto` is none.
 
     Raises:
-        ConfigError: the name is none of these.
+        ConfigError: the name is none of these, or the scale would be dynamic on a TPU.
     """
-    if isinstance(name, LossScale):
-        return name
+    loss_scale = name if isinstance(name, LossScale) else _named(name, policy)
+    if loss_scale.is_dynamic and on_tpu():
+        shown = name if isinstance(name, str) else type(name).__name__
+        raise ConfigError(
+            f"`loss_scale` ({shown}) is dynamic, which float16 needs; a TPU computes "
+            "in bfloat16, which needs none.",
+            "Use --policy=mixed_bfloat16 with --loss_scale=auto.",
+        )
+    return loss_scale
+
+
+def _named(name: Any, policy: Policy | None) -> LossScale:
     if name == "auto":
         names = [policy.name, *dict(policy.overrides).values()] if policy else []
         float16 = [n for n in names if get_policy(n).compute_dtype == tf.float16]

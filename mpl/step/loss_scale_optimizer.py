@@ -48,7 +48,8 @@ class LossScaleOptimizer(tf.Module):
       ema_decay: decay of the exponential moving average of the weights, in (0, 1).
       nominal_weight: constant by which the loss is divided before scaling, best near
         Σ weight of a global batch; it cancels out.
-      reduce_dtype: dtype in which gradients are summed over replicas.
+      reduce_dtype: dtype in which gradients are summed over replicas; "compute": each
+        bucket's own compute dtype, so that 16-bit ones send half as much.
 
     Attributes:
       averages: moving averages laid out like the masters; empty without `ema_decay`.
@@ -86,7 +87,7 @@ class LossScaleOptimizer(tf.Module):
         self.clip_norm = clip_norm
         self.ema_decay = ema_decay
         self.nominal_weight = float(nominal_weight)
-        self.reduce_dtype = tf.as_dtype(reduce_dtype)
+        self.reduce_dtype = gradients_lib.parse_reduce_dtype(reduce_dtype)
         self.share = self.loss_scale.register()
         self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []

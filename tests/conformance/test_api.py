@@ -38,7 +38,8 @@ SIGNATURES = {
         "*nominal_weight=, *reduce_dtype="
     ),
     "MasterWeights": (
-        "model, policy, *pack_below=, *sparse=, *no_decay=, *lr_multipliers="
+        "model, policy, *pack_below=, *sparse=, *no_decay=, *lr_multipliers=, "
+        "*bucket_mb="
     ),
     "NewBestMetric": "metric, mode=",
     "NoLossScale": "",
