@@ -5,6 +5,7 @@
 FAULT is PHASE:RANK:STEP; PHASE train, eval, save (SIGKILL there), raise, data or code.
 """
 
+import atexit
 import os
 import pathlib
 import signal
@@ -65,8 +66,7 @@ if __name__ == "__main__":
     if mine and phase == "code" and "other_" not in __file__:
         copy.write_text(pathlib.Path(__file__).read_text() + "# changed\n")
         os.execv(sys.executable, [sys.executable, str(copy), *sys.argv[1:]])
-    if copy.exists():
-        copy.unlink()  # it is read already, and the digest has it
+    atexit.register(copy.unlink, missing_ok=True)
     mpl.run(Faulty, train_steps=40, eval_every_steps=10, checkpoint_every_steps=5,
             steps_per_loop=5, log_every_steps=5, global_batch_size=8,
             policy="float32", optimizer="sgd", learning_rate=0.1)
