@@ -15,7 +15,7 @@ from mpl.errors import ConfigError
 # Small batches are made many at a time: what it costs to start a few operations and
 # to wake a thread is more than the operations themselves take.
 _CHUNK_BYTES, _CHUNK_BATCHES = 2**20, 64
-Part = Callable[[Batch], Batch]  # what a worker keeps of a batch
+_Part = Callable[[Batch], Batch]  # what a worker keeps of a batch
 _fold_in = tf.random.experimental.stateless_fold_in  # another seed for each number
 
 
@@ -82,7 +82,7 @@ class Pipeline:
             raise ConfigError(
                 f"`seed` ({seed}) must lie in 0 ... {2**31 - 1}.", "Use a seed like 0."
             )
-        self._source = source
+        self.source = source
         self._batch_size = global_batch_size
         self._seed = seed
         self._shuffle = shuffle
@@ -104,7 +104,7 @@ class Pipeline:
         A loop that waits for a batch where it stands holds one of the threads that
         TensorFlow runs functions on; a user's function might need that thread.
         """
-        source = self._source
+        source = self.source
         return isinstance(source, ArraySource) and source.transform is None
 
     def dataset(
@@ -131,7 +131,7 @@ class Pipeline:
             ConfigError: parts that are not equal, or data of unknown length that are
                 to be read once by several workers.
         """
-        source, size = self._source, self._batch_size
+        source, size = self.source, self._batch_size
         rows = size // num_shards
         if size % num_shards:
             raise ConfigError(
@@ -141,12 +141,11 @@ class Pipeline:
             )
         if num_shards > 1 and not self._repeat and self.num_examples is None:
             raise ConfigError(
-                "Several workers cannot agree on the end of a tf.data.Dataset that does "
-                "not know how many examples it holds.",
+                "Several workers cannot agree on the end of a tf.data.Dataset of unknown "
+                "length.",
                 "Give `num_examples` of the DatasetSource.",
             )
-
-        alone = num_shards == 1  # whether a worker reads no more than its part
+        alone = num_shards == 1  # whether the worker reads its part only
         if isinstance(source, ArraySource):
             alone = alone or source.transform is None
         elif isinstance(source, FileSource):
@@ -177,7 +176,12 @@ class Pipeline:
         return batches.with_options(options)
 
     def _indexed(
-        self, source: ArraySource, position: int, shard: int, num_shards: int, part: Part
+        self,
+        source: ArraySource,
+        position: int,
+        shard: int,
+        num_shards: int,
+        part: _Part,
     ) -> tf.data.Dataset:
         """The batches, read in `chunks` of at most `chunk` in each epoch."""
         assert self.batches_per_epoch is not None
@@ -225,7 +229,12 @@ class Pipeline:
         return _fold_in(tf.constant([0, self._seed]), epoch)
 
     def _streamed(
-        self, source: FileSource, position: int, shard: int, num_shards: int, part: Part
+        self,
+        source: FileSource,
+        position: int,
+        shard: int,
+        num_shards: int,
+        part: _Part,
     ) -> tf.data.Dataset:
         """The batches, of `rows` examples of each stream."""
         assert self.batches_per_epoch is not None
@@ -257,9 +266,7 @@ class Pipeline:
         batches = batches.map(lambda _, record: part(weighted(*record)))
         return batches.prefetch(tf.data.AUTOTUNE)
 
-    def _in_order(
-        self, source: Source, position: int, part: Part
-    ) -> tf.data.Dataset:
+    def _in_order(self, source: Source, position: int, part: _Part) -> tf.data.Dataset:
         def fill_up(examples: Batch) -> Batch:
             count = tf.shape(next(iter(examples.values())))[0]
             index = tf.range(self._batch_size)
@@ -282,7 +289,7 @@ def fingerprint(pipeline: Pipeline) -> dict[str, str]:
     It costs the first global batch: every worker makes all of it. Data that come in
     another order at each reading, as of a shuffle without a seed, differ here.
     """
-    source, crc = pipeline._source, 0
+    source, crc = pipeline.source, 0
     for _, tensor in sorted(next(iter(pipeline.dataset())).items()):
         crc = zlib.crc32(tf.io.serialize_tensor(tensor).numpy(), crc)
     facts = {
