@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import tensorflow as tf
 from absl import logging
 
-from mpl.data.source import EMPTY, Batch, Source, check_elements
+from mpl.data.source import EMPTY, Source, check_elements
 from mpl.errors import ConfigError
 
 _MAX_STREAMS = 64
@@ -167,9 +167,10 @@ class FileSource(Source):
         if shuffles:
             # The order must not depend on the seed that the program has set.
             tf.compat.v1.set_random_seed(1)  # of this function's graph alone
-            seed = tf.random.experimental.stateless_fold_in(key, begin)
+            key = tf.random.experimental.stateless_fold_in(key, begin)
+            seed = tf.random.stateless_uniform([], key, None, None, tf.int64)
             examples = examples.shuffle(
-                self._shuffle_buffer, seed[0], reshuffle_each_iteration=False)
+                self._shuffle_buffer, seed, reshuffle_each_iteration=False)
             examples = examples.skip(skip)
         filling = self._read(paths[file_of(begin)]).take(1).cache().repeat()
         return examples.concatenate(_marked(filling, False).enumerate().take(fill))
@@ -177,11 +178,11 @@ class FileSource(Source):
     def _checked(self, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         """A file's examples, which are as many as was said."""
 
-        def goes_on(number: tf.Tensor, record: tuple[Batch, tf.Tensor]) -> tf.Tensor:
+        def goes_on(number: tf.Tensor, record: tuple) -> tf.Tensor:
             _, real = record
             fault = [
-                "File", path, "must hold", count, "examples by `examples_per_file`, and "
-                "ends or goes on after", number, ". Correct it or leave it out."]
+                "File", path, "must hold", count, "examples by `examples_per_file`, "
+                "but ends or goes on after", number, ". Correct it or leave it out."]
             right = tf.equal(real, number < count)
             check = tf.raw_ops.Assert(condition=right, data=fault, summarize=1)
             with tf.control_dependencies([check]):

@@ -137,12 +137,12 @@ class Pipeline:
             raise ConfigError(
                 f"`global_batch_size` ({size}) must be divisible by {num_shards} "
                 "workers.",
-                f"Use {max(rows, 1) * num_shards} or {(rows + 1) * num_shards}.",
+                f"Use a multiple, such as {(rows + 1) * num_shards}.",
             )
         if num_shards > 1 and not self._repeat and self.num_examples is None:
             raise ConfigError(
-                "Several workers cannot agree on the end of a tf.data.Dataset of unknown "
-                "length.",
+                "Several workers cannot agree on the end of a tf.data.Dataset whose "
+                "length is not known.",
                 "Give `num_examples` of the DatasetSource.",
             )
         alone = num_shards == 1  # whether the worker reads its part only
