@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
@@ -123,26 +124,22 @@ class FileSource(Source):
         return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
 
     def stream(
-        self,
-        begin: tf.Tensor,
-        end: tf.Tensor,
-        *,
-        skip: tf.Tensor,
-        fill: tf.Tensor,
-        key: tf.Tensor | None,
+        self, number: tf.Tensor, streams: int, length: int, skip: tf.Tensor, key: Any
     ) -> tf.data.Dataset:
         """What one stream reads in one epoch.
 
         Args:
-            begin: the number of its first example in the epoch, int64.
-            end: the number after its last one.
-            skip: how many examples are left out at the start.
-            fill: how many records follow that only fill up the last batch.
-            key: the epoch's seed, int64 `[2]`; None: in the order of the files.
+            number: which stream, int64.
+            streams: how many there are.
+            length: records in the epoch: examples, and then some that only fill up.
+            skip: how many are left out at the start, int64.
+            key: the epoch's seed, int64 `[2]`; None: files come in their own order.
 
         Returns:
-            A dataset of (an index of no meaning, (example, whether it is real)).
+            A dataset of (a number of no meaning, (example, whether it is real)).
         """
+        begin = number * self.num_examples // streams
+        end = (number + 1) * self.num_examples // streams
         order = tf.range(len(self.files), dtype=tf.int64)
         if key is not None:
             last = tf.constant(len(self.files) - 1, tf.int64)
@@ -152,11 +149,11 @@ class FileSource(Source):
         shuffles = key is not None and self._shuffle_buffer
         start = begin if shuffles else begin + skip
 
-        def read(number: tf.Tensor) -> tf.data.Dataset:
-            before = ends[number] - counts[number]
-            examples = self._checked(paths[number], counts[number])
+        def read(file: tf.Tensor) -> tf.data.Dataset:
+            before = ends[file] - counts[file]
+            examples = self._checked(paths[file], counts[file])
             # Not cut where it ends with the stream: its own end is to be checked.
-            examples = examples.take(tf.where(ends[number] > end, end - before, -1))
+            examples = examples.take(tf.where(ends[file] > end, end - before, -1))
             return examples.skip(tf.maximum(start - before, 0))
 
         def file_of(example: tf.Tensor) -> tf.Tensor:
@@ -173,7 +170,8 @@ class FileSource(Source):
                 self._shuffle_buffer, seed, reshuffle_each_iteration=False)
             examples = examples.skip(skip)
         filling = self._read(paths[file_of(begin)]).take(1).cache().repeat()
-        return examples.concatenate(_marked(filling, False).enumerate().take(fill))
+        filling = _marked(filling, False).enumerate().take(length - (end - begin))
+        return examples.concatenate(filling)
 
     def _checked(self, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         """A file's examples, which are as many as was said."""
