@@ -1,6 +1,5 @@
 """Enters: examples, as a dict of arrays, files or a `tf.data.Dataset`.
-Leaves: global batches, or workers' parts of them, in an order that is a function of
-(seed, epoch, position).
+Leaves: batches, or a worker's part of each, in an order of (seed, epoch, position).
 Next: `mpl.precision` says in which dtypes they are computed with.
 """
 

@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
-from mpl.data.source import EMPTY, Batch, Source, check_elements
+from mpl.data.source import EMPTY, Source, check_elements
 from mpl.errors import ConfigError
 
 _MAX_STREAMS = 64
@@ -63,7 +64,10 @@ class FileSource(Source):
                 "Return tf.data.TFRecordDataset(path).map(parse), or alike.",
             )
         check_elements(first)
-        self._spec = first.element_spec
+        self._blank = {
+            name: tf.zeros([size or 0 for size in spec.shape or ()], spec.dtype)
+            for name, spec in first.element_spec.items()
+        }
         if examples_per_file is None:
             counts = self.count_examples()
         elif isinstance(examples_per_file, Mapping):
@@ -88,28 +92,31 @@ class FileSource(Source):
     def count_examples(self) -> list[int]:
         """Reads every file once; returns how many examples each of `files` holds.
 
-        TensorFlow's errors do not name the file that it cannot read; this finds it.
+        Where TensorFlow cannot read a record it does not name the file: this finds it.
 
         Raises:
             ConfigError: a file that cannot be read, with the number of the example.
         """
         start = time.monotonic()
-        files = tf.data.Dataset.from_tensor_slices(self.files)
 
         def count(path: tf.Tensor) -> tf.Tensor:
-            return self._read(path).reduce(tf.constant(0, tf.int64), lambda n, _: n + 1)
+            # By the thousand: a call for each example takes longer than to read it.
+            numbers = self._read(path).enumerate().map(lambda number, _: number)
+            zero = tf.constant(0, tf.int64)
+            return numbers.batch(1024).reduce(
+                zero, lambda total, part: total + tf.size(part, tf.int64))
 
-        counts = files.map(count, num_parallel_calls=tf.data.AUTOTUNE)
+        paths = tf.data.Dataset.from_tensor_slices(self.files)
         try:
-            numbers = [int(number) for number in counts]
+            counts = [int(n) for n in paths.map(count, tf.data.AUTOTUNE)]
         except tf.errors.OpError:
             for path in self.files:
                 self._find_fault(path)
             raise
         logging.info(
             "Counted %d examples in %d files in %.1f s, which `examples_per_file` "
-            "would spare.", sum(numbers), len(numbers), time.monotonic() - start)
-        return numbers
+            "would spare.", sum(counts), len(counts), time.monotonic() - start)
+        return counts
 
     def num_streams(self, global_batch_size: int) -> int:
         """How many streams read at once, whatever the number of workers."""
@@ -117,26 +124,22 @@ class FileSource(Source):
         return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
 
     def stream(
-        self,
-        begin: tf.Tensor,
-        end: tf.Tensor,
-        *,
-        skip: tf.Tensor,
-        fill: tf.Tensor,
-        key: tf.Tensor | None,
+        self, number: tf.Tensor, streams: int, length: int, skip: tf.Tensor, key: Any
     ) -> tf.data.Dataset:
         """What one stream reads in one epoch.
 
         Args:
-            begin: the number of its first example in the epoch, int64.
-            end: the number after its last one.
-            skip: how many examples are left out at the start.
-            fill: how many records follow that only fill up the last batch.
-            key: the epoch's seed, int32 `[2]`; None: in the order of the files.
+            number: which stream, int64.
+            streams: how many there are.
+            length: records in the epoch: examples, and then some that only fill up.
+            skip: how many are left out at the start, int64.
+            key: the epoch's seed, int64 `[2]`; None: files come in their own order.
 
         Returns:
-            A dataset of (an index of no meaning, (example, whether it is real)).
+            A dataset of (a number of no meaning, (example, whether it is real)).
         """
+        begin = number * self.num_examples // streams
+        end = (number + 1) * self.num_examples // streams
         order = tf.range(len(self.files), dtype=tf.int64)
         if key is not None:
             last = tf.constant(len(self.files) - 1, tf.int64)
@@ -146,11 +149,11 @@ class FileSource(Source):
         shuffles = key is not None and self._shuffle_buffer
         start = begin if shuffles else begin + skip
 
-        def read(number: tf.Tensor) -> tf.data.Dataset:
-            to_end, before = ends[number] <= end, ends[number] - counts[number]
-            examples = self._checked(paths[number], counts[number])
-            # To its very end, where that belongs to the stream: there it is checked.
-            examples = examples.take(tf.where(to_end, tf.constant(-1, tf.int64), end - before))
+        def read(file: tf.Tensor) -> tf.data.Dataset:
+            before = ends[file] - counts[file]
+            examples = self._checked(paths[file], counts[file])
+            # Not cut where it ends with the stream: its own end is to be checked.
+            examples = examples.take(tf.where(ends[file] > end, end - before, -1))
             return examples.skip(tf.maximum(start - before, 0))
 
         def file_of(example: tf.Tensor) -> tf.Tensor:
@@ -161,29 +164,29 @@ class FileSource(Source):
         if shuffles:
             # The order must not depend on the seed that the program has set.
             tf.compat.v1.set_random_seed(1)  # of this function's graph alone
-            seed = tf.random.experimental.stateless_fold_in(key, begin)
+            key = tf.random.experimental.stateless_fold_in(key, begin)
+            seed = tf.random.stateless_uniform([], key, None, None, tf.int64)
             examples = examples.shuffle(
-                self._shuffle_buffer, tf.bitcast(seed, tf.int64),
-                reshuffle_each_iteration=False)
+                self._shuffle_buffer, seed, reshuffle_each_iteration=False)
             examples = examples.skip(skip)
         filling = self._read(paths[file_of(begin)]).take(1).cache().repeat()
-        return examples.concatenate(_marked(filling, False).enumerate().take(fill))
+        filling = _marked(filling, False).enumerate().take(length - (end - begin))
+        return examples.concatenate(filling)
 
     def _checked(self, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         """A file's examples, which are as many as was said."""
 
-        def goes_on(index: tf.Tensor, record: tuple[Batch, tf.Tensor]) -> tf.Tensor:
+        def goes_on(number: tf.Tensor, record: tuple) -> tf.Tensor:
+            _, real = record
             fault = [
-                "File", path, "must hold", count, "examples, as `examples_per_file` "
-                "says, and ends or goes on after", index,
-                "Leave `examples_per_file` out, and the examples are counted."]
-            right = tf.equal(record[1], index < count)
-            with tf.control_dependencies([tf.raw_ops.Assert(condition=right, data=fault)]):
-                return tf.identity(record[1])
+                "File", path, "must hold", count, "examples by `examples_per_file`, "
+                "but ends or goes on after", number, ". Correct it or leave it out."]
+            right = tf.equal(real, number < count)
+            check = tf.raw_ops.Assert(condition=right, data=fault, summarize=1)
+            with tf.control_dependencies([check]):
+                return tf.identity(real)
 
-        end = tf.data.Dataset.from_tensors({
-            name: tf.zeros([d or 0 for d in (part.shape if part.shape.rank else ())],
-                           part.dtype) for name, part in self._spec.items()})
+        end = tf.data.Dataset.from_tensors(self._blank)
         examples = _marked(self._read(path), True).concatenate(_marked(end, False))
         return examples.enumerate().take_while(goes_on)
 
@@ -195,7 +198,7 @@ class FileSource(Source):
         except tf.errors.OpError as error:
             raise ConfigError(
                 f"File {path} cannot be read after {number} examples: "
-                f"{error.message.splitlines()[0]}",
+                + error.message.partition("\n")[0],
                 "Repair it or leave it out.",
             ) from error
 
@@ -203,8 +206,7 @@ class FileSource(Source):
 def _find(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """The files' paths."""
     if isinstance(files, str | os.PathLike):
-        paths = sorted(tf.io.gfile.glob(os.fspath(files)))
-        missing = None
+        paths, missing = sorted(tf.io.gfile.glob(os.fspath(files))), None
     else:
         paths = [os.fspath(file) for file in files]
         missing = next((p for p in paths if not tf.io.gfile.exists(p)), None)

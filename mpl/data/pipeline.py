@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import zlib
-from collections.abc import Callable
 
 import tensorflow as tf
 from absl import logging
@@ -15,7 +14,6 @@ from mpl.errors import ConfigError
 # Small batches are made many at a time: what it costs to start a few operations and
 # to wake a thread is more than the operations themselves take.
 _CHUNK_BYTES, _CHUNK_BATCHES = 2**20, 64
-Part = Callable[[Batch], Batch]  # what a worker keeps of a batch
 _fold_in = tf.random.experimental.stateless_fold_in  # another seed for each number
 
 
@@ -82,7 +80,7 @@ class Pipeline:
             raise ConfigError(
                 f"`seed` ({seed}) must lie in 0 ... {2**31 - 1}.", "Use a seed like 0."
             )
-        self._source = source
+        self.source = source
         self._batch_size = global_batch_size
         self._seed = seed
         self._shuffle = shuffle
@@ -104,7 +102,7 @@ class Pipeline:
         A loop that waits for a batch where it stands holds one of the threads that
         TensorFlow runs functions on; a user's function might need that thread.
         """
-        source = self._source
+        source = self.source
         return isinstance(source, ArraySource) and source.transform is None
 
     def dataset(
@@ -131,39 +129,35 @@ class Pipeline:
             ConfigError: parts that are not equal, or data of unknown length that are
                 to be read once by several workers.
         """
-        source, size = self._source, self._batch_size
+        source, size = self.source, self._batch_size
         rows = size // num_shards
         if size % num_shards:
             raise ConfigError(
                 f"`global_batch_size` ({size}) must be divisible by {num_shards} "
                 "workers.",
-                f"Use {max(rows, 1) * num_shards} or {(rows + 1) * num_shards}.",
+                f"Use a multiple, such as {(rows + 1) * num_shards}.",
             )
         if num_shards > 1 and not self._repeat and self.num_examples is None:
             raise ConfigError(
-                "Several workers cannot agree on the end of a tf.data.Dataset that does "
-                "not know how many examples it holds.",
+                "Several workers cannot agree on the end of a tf.data.Dataset whose "
+                "length is not known.",
                 "Give `num_examples` of the DatasetSource.",
             )
-
-        alone = num_shards == 1  # whether a worker reads no more than its part
+        reads_part = isinstance(source, ArraySource) and source.transform is None
+        if isinstance(source, FileSource):
+            reads_part = source.num_streams(size) % num_shards == 0
+        read = (shard, num_shards) if reads_part else (0, 1)
         if isinstance(source, ArraySource):
-            alone = alone or source.transform is None
+            batches = self._indexed(source, position, *read)
         elif isinstance(source, FileSource):
-            alone = alone or source.num_streams(size) % num_shards == 0
-
-        def part(batch: Batch) -> Batch:
-            if alone:
-                return batch
-            return {n: t[shard * rows : (shard + 1) * rows] for n, t in batch.items()}
-
-        read = (shard, num_shards) if alone else (0, 1)
-        if isinstance(source, ArraySource):
-            batches = self._indexed(source, position, *read, part)
-        elif isinstance(source, FileSource):
-            batches = self._streamed(source, position, *read, part)
+            batches = self._streamed(source, position, *read)
         else:
-            batches = self._in_order(source, position, part)
+            assert isinstance(source, DatasetSource)
+            batches = self._in_order(source.dataset, position)
+        if num_shards > 1 and not reads_part:
+            own = slice(shard * rows, (shard + 1) * rows)
+            batches = batches.map(lambda batch: {n: t[own] for n, t in batch.items()})
+            batches = batches.prefetch(tf.data.AUTOTUNE)
         options = tf.data.Options()
         options.deterministic = True
         # Here it is known what to prefetch.
@@ -177,7 +171,7 @@ class Pipeline:
         return batches.with_options(options)
 
     def _indexed(
-        self, source: ArraySource, position: int, shard: int, num_shards: int, part: Part
+        self, source: ArraySource, position: int, shard: int, num_shards: int
     ) -> tf.data.Dataset:
         """The batches, read in `chunks` of at most `chunk` in each epoch."""
         assert self.batches_per_epoch is not None
@@ -207,7 +201,7 @@ class Pipeline:
             epoch, number = position // batches_per_epoch, position % batches_per_epoch
             examples = source.transform(batch[0], _fold_in(self._key(epoch), number))
             examples = {n: _ensure_batch(t, size) for n, t in examples.items()}
-            return part(weighted(examples, batch[1]))
+            return weighted(examples, batch[1])
 
         epoch, number = divmod(position, batches_per_epoch)
         stop = tf.int64.max if self._repeat else chunks
@@ -225,49 +219,37 @@ class Pipeline:
         return _fold_in(tf.constant([0, self._seed]), epoch)
 
     def _streamed(
-        self, source: FileSource, position: int, shard: int, num_shards: int, part: Part
+        self, source: FileSource, position: int, shard: int, num_shards: int
     ) -> tf.data.Dataset:
         """The batches, of `rows` examples of each stream."""
         assert self.batches_per_epoch is not None
-        count, batches_per_epoch = source.num_examples, self.batches_per_epoch
-        streams = source.num_streams(self._batch_size)
+        streams, length = source.num_streams(self._batch_size), self.batches_per_epoch
         own, rows = streams // num_shards, self._batch_size // streams
-        first_epoch, batch = divmod(position, batches_per_epoch)
-        dropped = tf.constant(batch * rows, tf.int64)
-        epochs = tf.data.Dataset.range(
-            first_epoch, tf.int64.max if self._repeat else 1)
+        first, batch = divmod(position, length)
+        epochs = tf.data.Dataset.range(first, tf.int64.max if self._repeat else 1)
 
         def stream(number: tf.Tensor) -> tf.data.Dataset:
-            begin, end = number * count // streams, (number + 1) * count // streams
+            def epoch_of(epoch: tf.Tensor) -> tf.data.Dataset:
+                key = self._key(epoch) if self._shuffle else None
+                skip = tf.cast(epoch == first, tf.int64) * batch * rows
+                return source.stream(number, streams, length * rows, skip, key)
 
-            def read(epoch: tf.Tensor) -> tf.data.Dataset:
-                return source.stream(
-                    begin,
-                    end,
-                    skip=tf.where(epoch == first_epoch, dropped, 0),
-                    fill=batches_per_epoch * rows - (end - begin),
-                    key=self._key(epoch) if self._shuffle else None,
-                )
-
-            return epochs.flat_map(read)
+            return epochs.flat_map(epoch_of)
 
         records = tf.data.Dataset.range(shard * own, (shard + 1) * own).interleave(
             stream, own, rows, num_parallel_calls=tf.data.AUTOTUNE)
         batches = records.batch(own * rows, drop_remainder=True)
-        batches = batches.map(lambda _, record: part(weighted(*record)))
+        batches = batches.map(lambda _, record: weighted(*record))
         return batches.prefetch(tf.data.AUTOTUNE)
 
-    def _in_order(
-        self, source: Source, position: int, part: Part
-    ) -> tf.data.Dataset:
+    def _in_order(self, examples: tf.data.Dataset, position: int) -> tf.data.Dataset:
         def fill_up(examples: Batch) -> Batch:
             count = tf.shape(next(iter(examples.values())))[0]
             index = tf.range(self._batch_size)
             filled = {n: tf.gather(t, index % count) for n, t in examples.items()}
-            return part(weighted(filled, index < count))
+            return weighted(filled, index < count)
 
-        assert isinstance(source, DatasetSource)
-        batches = source.dataset.batch(self._batch_size)
+        batches = examples.batch(self._batch_size)
         batches = batches.map(fill_up, num_parallel_calls=tf.data.AUTOTUNE)
         if self._repeat:
             if self.batches_per_epoch is not None:
@@ -282,18 +264,18 @@ def fingerprint(pipeline: Pipeline) -> dict[str, str]:
     It costs the first global batch: every worker makes all of it. Data that come in
     another order at each reading, as of a shuffle without a seed, differ here.
     """
-    source, crc = pipeline._source, 0
-    for _, tensor in sorted(next(iter(pipeline.dataset())).items()):
+    dataset, source, crc = pipeline.dataset(), pipeline.source, 0
+    for _, tensor in sorted(next(iter(dataset)).items()):
         crc = zlib.crc32(tf.io.serialize_tensor(tensor).numpy(), crc)
     facts = {
         "num_examples": str(pipeline.num_examples),
-        "elements": str(pipeline.dataset().element_spec),
+        "elements": str(dataset.element_spec),
         "first_batch_crc32": f"{crc:08x}",
     }
-    if isinstance(source, FileSource):  # folders may differ
-        names = [os.path.basename(path) for path in source.files]
-        sizes = str(list(zip(names, source.examples_per_file, strict=True)))
-        facts["files_crc32"] = f"{zlib.crc32(sizes.encode()):08x}"
+    if isinstance(source, FileSource):
+        names = [os.path.basename(path) for path in source.files]  # folders may differ
+        files = f"{names} {source.examples_per_file}"
+        facts["files_crc32"] = f"{zlib.crc32(files.encode()):08x}"
     return facts
 
 
