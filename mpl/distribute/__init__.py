@@ -4,6 +4,7 @@ Next: `mpl.data` makes those global batches.
 """
 
 from mpl.distribute.cluster import Cluster, find_cluster
+from mpl.distribute.parameter_server import check_settings, coordinating, serve
 from mpl.distribute.peers import Peers, joined
 from mpl.distribute.strategy import (
     check_batch,
@@ -16,9 +17,12 @@ __all__ = [
     "Cluster",
     "Peers",
     "check_batch",
+    "check_settings",
     "choose_name",
+    "coordinating",
     "distribute_dataset",
     "find_cluster",
     "get_strategy",
     "joined",
+    "serve",
 ]

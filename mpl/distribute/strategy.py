@@ -196,6 +196,8 @@ def distribute_dataset(
     devices = strategy.extended.worker_devices
     if len(devices) == 1 and "CPU" in devices[0].upper():
         return dataset
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        return dataset  # for the chief itself, or for a loop that deals it to workers
     return strategy.experimental_distribute_dataset(dataset)
 
 

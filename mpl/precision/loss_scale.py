@@ -4,6 +4,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from mpl.errors import ConfigError
 from mpl.precision.cast import map_floating
@@ -252,14 +253,32 @@ class DynamicLossScale(LossScale):
 def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
     """Makes a loss scale from its name.
 
+    Under a `ParameterServerStrategy`, where several workers would adjust a scale at a
+    time, there is no dynamic one, and `auto` is 1024 in place of it.
+
     Args:
         name: `auto` (dynamic where the policy or an override computes in float16,
             else none), `none`, `dynamic`, a number, or a loss scale.
         policy: the policy that `auto` looks at; without one, `auto` is none.
 
     Raises:
-        ConfigError: the name is none of these.
+        ConfigError: the name is none of these, or the scale is dynamic where it cannot
+            be.
     """
+    scale = _made(name, policy)
+    strategy = tf.distribute.get_strategy()
+    servers = isinstance(strategy, tf.distribute.ParameterServerStrategy)
+    if not (servers and scale.is_dynamic):
+        return scale
+    if name == "auto":
+        logging.info("loss_scale auto: 1024, as none is dynamic on parameter servers")
+        return StaticLossScale(1024)
+    cause = "`loss_scale` (dynamic) does not go with `strategy` parameter_server."
+    remedy = "Use --loss_scale=1024, or another power of two."
+    raise ConfigError(cause, remedy)
+
+
+def _made(name: Any, policy: Policy | None) -> LossScale:
     if isinstance(name, LossScale):
         return name
     if name == "auto":

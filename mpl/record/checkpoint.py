@@ -22,6 +22,8 @@ _DATA = r"\.data-\d{5}-of-(\d{5})"
 # What TensorFlow raises for damaged files, a matter of where the damage is.
 _UNREADABLE = (tf.errors.OpError, RuntimeError, LookupError, ValueError, AssertionError)
 _VALUE = "VARIABLE_VALUE"
+# This process writes and reads files, also for variables on parameter servers.
+_OPTIONS = tf.train.CheckpointOptions(experimental_io_device="CPU:0")
 
 
 class Checkpoints:
@@ -101,7 +103,7 @@ class Checkpoints:
             # Counts as `tf.train.Checkpoint.save` does, so that a plain restore finds
             # all it expects.
             self._counter.assign_add(1)
-            self._checkpoint.write(path)
+            self._checkpoint.write(path, _OPTIONS)
             self._commit([os.path.basename(kept_path) for kept_path in [*kept, path]])
         except tf.errors.OpError as error:
             cause = f"`{path}` cannot be written: {error}".partition("\n")[0]
@@ -138,7 +140,7 @@ class Checkpoints:
         try:
             differences = self._differences(path)
             if not differences:
-                self._checkpoint.restore(path).assert_consumed()
+                self._checkpoint.restore(path, _OPTIONS).assert_consumed()
         except _UNREADABLE as error:
             cause = f"`{path}` cannot be read: {error}".partition("\n")[0]
             if not is_last:
