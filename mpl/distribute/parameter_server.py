@@ -79,6 +79,7 @@ def coordinating(cluster: Cluster, timeout_secs: float = 300.0) -> Iterator[None
             cause = f"{names} did not start within {timeout_secs:g} s."
             raise ClusterError(cause, _LOG)
         time.sleep(_LOOK_SECS)
+    tf.get_logger().addFilter(_matters)
     try:
         yield
     except (tf.errors.OpError, CheckpointError) as error:
@@ -89,6 +90,8 @@ def coordinating(cluster: Cluster, timeout_secs: float = 300.0) -> Iterator[None
             "Run the same command again once the cluster is up: it goes on from the "
             "last checkpoint.",
         ) from error
+    finally:
+        tf.get_logger().removeFilter(_matters)
 
 
 def check_settings(config: Any, replicas: int) -> None:
@@ -122,6 +125,11 @@ def check_settings(config: Any, replicas: int) -> None:
     if replicas > 1:
         cause = f"Each worker has {replicas} GPUs; with parameter servers it takes one."
         raise ConfigError(cause, "Start a worker for each GPU: CUDA_VISIBLE_DEVICES=0.")
+
+
+def _matters(record: Any) -> bool:
+    """Leaves out TensorFlow's warning that the chief computes: it is to evaluate."""
+    return "invoked without using `ClusterCoordinator.schedule`" not in record.msg
 
 
 def _address(cluster: Cluster, task: tuple[str, int]) -> str:

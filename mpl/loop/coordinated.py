@@ -42,7 +42,9 @@ class CoordinatedLoop:
         strategy: tf.distribute.ParameterServerStrategy, global_step: tf.Variable,
     ):
         self._step, self._global_step = step, global_step
-        self._num_workers = strategy.cluster_resolver.cluster_spec().num_tasks("worker")
+        devices = tf.config.list_logical_devices("CPU")
+        places = [tf.DeviceSpec.from_string(device.name) for device in devices]
+        self._num_workers = len({at.task for at in places if at.job == "worker"})
         self._coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
         self._remote = tf.function(self._on_worker, autograph=False)
         self._batches_a_step = 0

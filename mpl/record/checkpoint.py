@@ -22,8 +22,6 @@ _DATA = r"\.data-\d{5}-of-(\d{5})"
 # What TensorFlow raises for damaged files, a matter of where the damage is.
 _UNREADABLE = (tf.errors.OpError, RuntimeError, LookupError, ValueError, AssertionError)
 _VALUE = "VARIABLE_VALUE"
-# This process writes and reads files, also for variables on parameter servers.
-_OPTIONS = tf.train.CheckpointOptions(experimental_io_device="CPU:0")
 
 
 class Checkpoints:
@@ -103,7 +101,7 @@ class Checkpoints:
             # Counts as `tf.train.Checkpoint.save` does, so that a plain restore finds
             # all it expects.
             self._counter.assign_add(1)
-            self._checkpoint.write(path, _OPTIONS)
+            self._checkpoint.write(path, _options())
             self._commit([os.path.basename(kept_path) for kept_path in [*kept, path]])
         except tf.errors.OpError as error:
             cause = f"`{path}` cannot be written: {error}".partition("\n")[0]
@@ -140,7 +138,7 @@ class Checkpoints:
         try:
             differences = self._differences(path)
             if not differences:
-                self._checkpoint.restore(path, _OPTIONS).assert_consumed()
+                self._checkpoint.restore(path, _options()).assert_consumed()
         except _UNREADABLE as error:
             cause = f"`{path}` cannot be read: {error}".partition("\n")[0]
             if not is_last:
@@ -208,6 +206,12 @@ class Checkpoints:
                     reshaped.append(f"{here} is {shapes[key]} there, {shape} here")
         unknown = [f"{_readable(key)} is only there" for key in keys.values()]
         return reshaped + missing + unknown
+
+
+def _options() -> tf.train.CheckpointOptions:
+    """Lets this process read and write, also what lies on parameter servers."""
+    with tf.device("CPU:0"):
+        return tf.train.CheckpointOptions(experimental_io_device=tf.constant(0).device)
 
 
 def _is_whole(path: str) -> bool:

@@ -45,11 +45,11 @@ class Blobs(mpl.Experiment):
                 "word": (label * 5 + random.integers(0, 5, len(label))).astype("int32")}
 
     def build_model(self):
-        features = keras.Input([8])
+        features = keras.Input([8], name="x")
         hidden = keras.layers.Dense(16, activation="relu")(features)
         inputs = {"x": features}
         if self.config.kind == "rich":
-            inputs["word"] = word = keras.Input([], dtype="int32")
+            inputs["word"] = word = keras.Input([], dtype="int32", name="word")
             table = keras.layers.Embedding(70_000, 1)(word)  # updated row by row
             hidden = keras.layers.BatchNormalization()(hidden)
             hidden = keras.layers.Dropout(0.1)(hidden)
