@@ -42,7 +42,8 @@ def until(condition, what):
 class Processes:
     """A chief, two workers and a parameter server, each started when asked for."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, gone_secs):
+        self.gone_secs = str(gone_secs)  # within which a chief may come back
         chief, *workers, server = free_addresses(4)
         self.jobs = {"chief": [chief], "worker": workers, "ps": [server]}
         self.folder, self.running = folder, {}
@@ -62,7 +63,7 @@ class Processes:
             [sys.executable, str(RUN), what, str(self.folder)], cwd=ROOT, stdout=log,
             stderr=log, env={
                 **os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task),
-                "GONE_SECS": "5", "TF_NUM_INTRAOP_THREADS": "1", **environ})
+                "GONE_SECS": self.gone_secs, "TF_NUM_INTRAOP_THREADS": "1", **environ})
         log.close()
         return process
 
@@ -107,7 +108,7 @@ def session(folder, **settings):
 def seen(tmp_path_factory, one_device):
     """What the chief saw in one cluster, and how the others ended."""
     folder = tmp_path_factory.mktemp("checks")
-    with Processes(folder) as processes:
+    with Processes(folder, gone_secs=5) as processes:
         processes.start_servers()
         processes.start("chief", what="checks", ONE_DEVICE=str(one_device[0]))
         seen = processes.seen("checks")
@@ -179,7 +180,7 @@ def test_lost_workers_are_done_without_and_a_lost_server_is_an_error(tmp_path):
               or processes.running["chief", 0].poll() is not None, f"step {step}")
         assert processes.running["chief", 0].poll() is None, processes.log()[-5000:]
 
-    with Processes(tmp_path) as processes:
+    with Processes(tmp_path, gone_secs=60) as processes:
         processes.start_servers()
         processes.start("chief", what="run", STEPS="400")
         saved(20)
