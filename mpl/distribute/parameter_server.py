@@ -128,8 +128,10 @@ def check_settings(config: Any, replicas: int) -> None:
 
 
 def _matters(record: Any) -> bool:
-    """Leaves out TensorFlow's warning that the chief computes: it is to evaluate."""
-    return "invoked without using `ClusterCoordinator.schedule`" not in record.msg
+    """Leaves out warnings that the chief computes and traces: to evaluate and save."""
+    message = record.getMessage()
+    return "without using `ClusterCoordinator.schedule`" not in message and (
+        "MultiDeviceSaver" not in message)
 
 
 def _address(cluster: Cluster, task: tuple[str, int]) -> str:

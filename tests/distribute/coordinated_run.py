@@ -5,6 +5,7 @@
 The chief writes what it saw to <folder>/<what>.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -69,12 +70,21 @@ class Blobs(mpl.Experiment):
             bad = tf.reduce_any(batch["label"] >= self.config.bad_from)
             losses *= tf.where(bad, np.inf, 1.0)
         outputs = {"accuracy": (batch["label"], logits),
-                   "examples": (tf.ones_like(losses),)}
+                   "examples": (tf.ones_like(losses),),
+                   "worker": (tf.fill(tf.shape(losses), self.worker(training)),)}
         return mpl.LossOutput(losses, batch["weight"], outputs)
 
     def metrics(self):
         return {"accuracy": keras.metrics.SparseCategoricalAccuracy(),
-                "examples": keras.metrics.Sum()}
+                "examples": keras.metrics.Sum(), "worker": keras.metrics.Mean()}
+
+    def worker(self, training):
+        """Returns the number of the worker that makes a step; elsewhere 0."""
+        coordinator = tf.distribute.coordinator
+        if training and isinstance(self.strategy, tf.distribute.ParameterServerStrategy):
+            index = coordinator.experimental_get_current_worker_index()
+            return tf.cast(index, tf.float32)
+        return 0.0
 
     def predict(self, batch):
         inputs = {name: batch[name] for name in self.model.input}
@@ -142,12 +152,12 @@ def checks(strategy, folder):
 
 def run(strategy, folder):
     """Runs a whole session in a folder, or goes on with the run there."""
-    steps = int(os.environ.get("STEPS", "40"))
-    experiment = made(strategy, train_steps=steps, eval_every_steps=10,
-                      checkpoint_every_steps=10, workdir=folder, policy="mixed_bfloat16",
-                      ema_decay=0.9)
-    results = Session(experiment, folder).go()
-    yield "results", results
+    experiment = made(
+        strategy, train_steps=int(os.environ["STEPS"]), eval_every_steps=10,
+        checkpoint_every_steps=10, workdir=folder, policy="mixed_bfloat16",
+        ema_decay=0.9)
+    with contextlib.suppress(KeyboardInterrupt):
+        yield "results", Session(experiment, folder).go()
     yield "counts", counts(experiment)
 
 
