@@ -182,7 +182,7 @@ class Experiment:
         self.config, self.strategy = config, strategy
         replicas = strategy.num_replicas_in_sync
         if isinstance(strategy, tf.distribute.ParameterServerStrategy):
-            distribute.check_settings(config, replicas)
+            distribute.check_server_settings(config, replicas)
         distribute.check_batch(
             config.global_batch_size, replicas, config.accumulate_steps
         )

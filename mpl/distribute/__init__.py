@@ -4,7 +4,7 @@ Next: `mpl.data` makes those global batches.
 """
 
 from mpl.distribute.cluster import Cluster, find_cluster
-from mpl.distribute.parameter_server import check_settings, coordinating, serve
+from mpl.distribute.parameter_server import check_server_settings, coordinating, serve
 from mpl.distribute.peers import Peers, joined
 from mpl.distribute.strategy import (
     check_batch,
@@ -17,7 +17,7 @@ __all__ = [
     "Cluster",
     "Peers",
     "check_batch",
-    "check_settings",
+    "check_server_settings",
     "choose_name",
     "coordinating",
     "distribute_dataset",

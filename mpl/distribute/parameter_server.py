@@ -8,14 +8,14 @@ import contextlib
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
 from mpl.distribute.cluster import Cluster
-from mpl.errors import CheckpointError, ClusterError, ConfigError
+from mpl.errors import ClusterError, ConfigError
 
 _LOOK_SECS = 1.0
 _GONE_SECS = 60.0  # within which a chief may be started again
@@ -70,19 +70,17 @@ def coordinating(cluster: Cluster, timeout_secs: float = 300.0) -> Iterator[None
     Raises:
         ClusterError: a process did not start, or a parameter server is lost.
     """
-    missing = [(job, index) for job in ("ps", "worker")
-               for index in range(len(cluster.jobs[job]))]
+    missing = _tasks(cluster, "ps") | _tasks(cluster, "worker")
     deadline = time.monotonic() + timeout_secs
-    while missing := [task for task in missing if not _answers(_address(cluster, task))]:
+    while missing := _silent(missing):
         if time.monotonic() > deadline:
-            names = ", ".join(_name(cluster, task) for task in missing)
-            cause = f"{names} did not start within {timeout_secs:g} s."
+            cause = f"{', '.join(missing)} did not start within {timeout_secs:g} s."
             raise ClusterError(cause, _LOG)
         time.sleep(_LOOK_SECS)
     tf.get_logger().addFilter(_matters)
     try:
         yield
-    except (tf.errors.OpError, CheckpointError) as error:
+    except Exception as error:  # some are TensorFlow's own, without a public type
         if not (lost := _lost(cluster, error)):
             raise
         raise ClusterError(
@@ -94,7 +92,7 @@ def coordinating(cluster: Cluster, timeout_secs: float = 300.0) -> Iterator[None
         tf.get_logger().removeFilter(_matters)
 
 
-def check_settings(config: Any, replicas: int) -> None:
+def check_server_settings(config: Any, replicas: int) -> None:
     """Checks that a run wants nothing that parameter servers cannot give.
 
     Args:
@@ -134,12 +132,14 @@ def _matters(record: Any) -> bool:
         "MultiDeviceSaver" not in message)
 
 
-def _address(cluster: Cluster, task: tuple[str, int]) -> str:
-    return cluster.jobs[task[0]][task[1]]
+def _tasks(cluster: Cluster, job: str) -> dict[str, str]:
+    """Returns the addresses of a job by what errors call it: `ps 0 (host:12345)`."""
+    return {f"{job} {index} ({address})": address
+            for index, address in enumerate(cluster.jobs[job])}
 
 
-def _name(cluster: Cluster, task: tuple[str, int]) -> str:
-    return f"{task[0]} {task[1]} ({_address(cluster, task)})"
+def _silent(tasks: Mapping[str, str]) -> dict[str, str]:
+    return {name: at for name, at in tasks.items() if not _answers(at)}
 
 
 def _answers(address: str) -> bool:
@@ -152,9 +152,7 @@ def _answers(address: str) -> bool:
 
 def _lost(cluster: Cluster, error: Exception) -> list[str]:
     """Returns the parameter servers that are gone, or were and are new."""
-    tasks = [("ps", index) for index in range(len(cluster.jobs["ps"]))]
-    gone = [task for task in tasks if not _answers(_address(cluster, task))]
-    if not gone and "remote target /job:ps" in str(error):
-        named = set(re.findall(r"/job:ps/replica:0/task:(\d+)", str(error)))
-        gone = [task for task in tasks if str(task[1]) in named]
-    return [_name(cluster, task) for task in gone]
+    servers = _tasks(cluster, "ps")
+    named = re.findall(r"remote target /job:ps/replica:0/task:(\d+)", str(error))
+    return list(_silent(servers)) or [
+        name for index, name in enumerate(servers) if str(index) in named]

@@ -20,16 +20,17 @@ class CoordinatedLoop:
     writes what it found, whatever others wrote meanwhile. So runs do not repeat bit for
     bit, and a resumed one goes on from the same state, but not in the same order.
 
-    Worker i of n reads every n-th batch of the data, from the i-th on; a fast one is
-    further on than a slow one. The position counts the batches of all: from there on
-    all read anew when the run is resumed, a worker that was started again from where
-    this process began.
+    Worker i of n takes every n-th batch of the data, from the i-th on, and reads those
+    between; a fast one is further on than a slow one. Arrays are sent to each, so they
+    may hold 2 GB at most. The position counts the batches of all. From there on all
+    read when the run is resumed; a worker that was started again reads from where this
+    process began.
 
     `global_step` is exact: it counts what was scheduled and has ended. TensorFlow runs
-    a step again, on any worker, when its worker was lost before it had answered. Such a
-    step may have been applied in part or in whole before; what it counts itself
-    (`applied_steps`, metrics) then exceeds `global_step`, by one for each worker lost
-    at most.
+    a step again, on any worker, whose worker was lost before it had answered. It may
+    have been applied before, in part or in whole; then what it counts itself
+    (`applied_steps`, metrics) is more than `global_step`, never less, by the number of
+    such steps. While no worker is left, the chief waits for one.
 
     Args:
         step: takes an iterator of batches.
@@ -77,14 +78,12 @@ class CoordinatedLoop:
 
     def _deal(self, dataset: tf.data.Dataset) -> Any:
         """Returns an iterator on each worker; what they read is sent to them once."""
-        variant, structure = tf.data.experimental.to_variant(dataset), dataset.element_spec
-        graph = tf.raw_ops.DatasetToGraphV2(
-            input_dataset=variant, strip_device_assignment=True)
+        graph, structure = graph_of(dataset), dataset.element_spec
 
         def share() -> tf.data.Dataset:
             index = tf.distribute.coordinator.experimental_get_current_worker_index()
-            own = tf.raw_ops.DatasetFromGraph(graph_def=graph)
-            own = tf.data.experimental.from_variant(own, structure)
+            variant = tf.raw_ops.DatasetFromGraph(graph_def=graph)
+            own = tf.data.experimental.from_variant(variant, structure)
             return own.shard(self._num_workers, index)
 
         return iter(self._coordinator.create_per_worker_dataset(share))
@@ -93,6 +92,26 @@ class CoordinatedLoop:
         batches = _Counted(iterator)
         converted(self._step)(batches)
         self._batches_a_step = batches.count
+
+
+def graph_of(dataset: tf.data.Dataset) -> tf.Tensor:
+    """Returns a dataset as a string that another process can read.
+
+    Raises:
+        ConfigError: the dataset calls Python, whose functions stay in their process.
+    """
+    text = tf.raw_ops.DatasetToGraphV2(
+        input_dataset=tf.data.experimental.to_variant(dataset),
+        strip_device_assignment=True)
+    graph = tf.compat.v1.GraphDef.FromString(text.numpy())
+    nodes = [node for each in graph.library.function for node in each.node_def]
+    if any("PyFunc" in node.op for node in [*graph.node, *nodes]):
+        raise ConfigError(
+            "The training data call Python (`from_generator`, `py_function`), and "
+            "workers of parameter servers run only graphs.",
+            "Use TensorFlow's operations or arrays, or another strategy.",
+        )
+    return text
 
 
 class _Counted:

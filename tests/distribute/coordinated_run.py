@@ -21,6 +21,7 @@ from mpl.distribute import parameter_server
 from mpl.launch.session import Session
 
 BATCH, CLASSES = 32, 3
+SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,12 @@ class Blobs(mpl.Experiment):
         label = random.integers(0, CLASSES, 320 if split == "train" else 100)
         centres = np.random.default_rng(9).normal(size=[CLASSES, 8])
         x = centres[label] + random.normal(scale=0.8, size=[len(label), 8])
-        return {"x": x.astype("float32"), "label": label.astype("int32"),
-                "word": (label * 5 + random.integers(0, 5, len(label))).astype("int32")}
+        word = label * 5 + random.integers(0, 5, len(label))
+        arrays = {"x": x.astype("float32"), "label": label.astype("int32"),
+                  "word": word.astype("int32")}
+        if self.config.kind == "rich" and split == "train":
+            return tf.data.Dataset.from_tensor_slices(arrays).shuffle(100)
+        return arrays
 
     def build_model(self):
         features = keras.Input([8], name="x")
@@ -57,9 +62,8 @@ class Blobs(mpl.Experiment):
             frozen = keras.layers.Dense(16)
             frozen.trainable = False
             hidden = keras.layers.Concatenate()([frozen(hidden), hidden, table])
-        logits = keras.layers.Dense(
-            CLASSES, dtype="float32", kernel_regularizer=keras.regularizers.L2(1e-4))(hidden)
-        return keras.Model(inputs, logits)
+        last = keras.layers.Dense(CLASSES, dtype="float32", kernel_regularizer="l2")
+        return keras.Model(inputs, last(hidden))
 
     def loss(self, batch, training):
         inputs = {name: batch[name] for name in self.model.input}
@@ -81,17 +85,15 @@ class Blobs(mpl.Experiment):
     def worker(self, training):
         """Returns the number of the worker that makes a step; elsewhere 0."""
         coordinator = tf.distribute.coordinator
-        if training and isinstance(self.strategy, tf.distribute.ParameterServerStrategy):
-            index = coordinator.experimental_get_current_worker_index()
-            return tf.cast(index, tf.float32)
-        return 0.0
+        servers = isinstance(self.strategy, tf.distribute.ParameterServerStrategy)
+        if not (training and servers):
+            return 0.0
+        index = coordinator.experimental_get_current_worker_index()
+        return tf.cast(index, tf.float32)
 
     def predict(self, batch):
         inputs = {name: batch[name] for name in self.model.input}
         return tf.nn.softmax(self.model(inputs, training=False))
-
-
-SPLITS = ("train", "validation", "test")
 
 
 def evaluated(experiment, split="validation"):
@@ -132,7 +134,12 @@ def checks(strategy, folder):
     averaged = made(strategy, ema_decay=0.9, optimizer="nadam", train_steps=40)
     before = evaluated(averaged)
     averaged.trainer.train(tf.constant(40, tf.int64))
-    yield "averaged", {"before": before, "after": evaluated(averaged), **counts(averaged)}
+    after = evaluated(averaged)
+    yield "averaged", {"before": before, "after": after, **counts(averaged)}
+    try:
+        averaged.trainer.train(-1)
+    except errors.ConfigError as error:
+        yield "endless", str(error)
     bad = made(strategy, bad_from=0, train_steps=8, max_consecutive_skips=6)
     bad.trainer.train(tf.constant(4, tf.int64))
     early = bool(bad.trainer.should_stop())
