@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from mpl import data as data_lib
 from mpl import distribute, errors, inference
+from mpl.loop import coordinated as coordinated_lib
 from mpl.loop import evaluator as evaluator_lib
 from mpl.loop import trainer as trainer_lib
 from mpl.loop.inner_loop import converted
@@ -191,6 +192,8 @@ class Experiment:
         self.config, self.strategy = config, strategy
         self.shard = {"shard": peers.rank, "num_shards": peers.size}
         replicas = strategy.num_replicas_in_sync
+        if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+            distribute.check_server_settings(config, replicas)
         distribute.check_batch(
             config.global_batch_size, replicas, config.accumulate_steps
         )
@@ -360,6 +363,9 @@ class _Trainer(trainer_lib.Trainer):
         super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
         self._experiment, self._loop.one_graph = experiment, True
         self._loop.waits = experiment.pipelines["train"].has_own_threads
+        if isinstance(experiment.strategy, tf.distribute.ParameterServerStrategy):
+            self._loop: Any = coordinated_lib.CoordinatedLoop(
+                experiment.train_step, experiment.strategy, experiment.global_step)
 
     def make_train_dataset(self) -> Any:
         """Returns the training data from the position on."""

@@ -5,6 +5,7 @@ Next: `mpl.data` makes those global batches.
 
 from mpl.distribute.cluster import Cluster, find_cluster
 from mpl.distribute.devices import configure, report
+from mpl.distribute.parameter_server import check_server_settings, coordinating, serve
 from mpl.distribute.peers import Peers, joined
 from mpl.distribute.strategy import (
     check_batch,
@@ -18,12 +19,15 @@ __all__ = [
     "Cluster",
     "Peers",
     "check_batch",
+    "check_server_settings",
     "choose_name",
     "configure",
+    "coordinating",
     "distribute_dataset",
     "find_cluster",
     "get_strategy",
     "joined",
     "reason",
     "report",
+    "serve",
 ]

@@ -213,6 +213,8 @@ def distribute_dataset(
         size = next(iter(tf.nest.flatten(dataset.element_spec))).shape[0]
         mine = dataset.rebatch(size // len(devices))
         return strategy.distribute_datasets_from_function(lambda _: mine)
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        return dataset  # for the chief itself, or for a loop that deals it to workers
     return strategy.experimental_distribute_dataset(dataset)
 
 

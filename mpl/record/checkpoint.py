@@ -106,7 +106,7 @@ class Checkpoints:
             # Counts as `tf.train.Checkpoint.save` does, so that a plain restore finds
             # all it expects.
             self._counter.assign_add(1)
-            self._checkpoint.write(path)
+            self._checkpoint.write(path, _options())
             self._commit([os.path.basename(kept_path) for kept_path in [*kept, path]])
         except tf.errors.OpError as error:
             cause = f"`{path}` cannot be written: {error}".partition("\n")[0]
@@ -143,7 +143,7 @@ class Checkpoints:
         try:
             differences = self._differences(path)
             if not differences:
-                self._checkpoint.restore(path).assert_consumed()
+                self._checkpoint.restore(path, _options()).assert_consumed()
         except _UNREADABLE as error:
             cause = f"`{path}` cannot be read: {error}".partition("\n")[0]
             if not is_last:
@@ -211,6 +211,12 @@ class Checkpoints:
                     reshaped.append(f"{here} is {shapes[key]} there, {shape} here")
         unknown = [f"{_readable(key)} is only there" for key in keys.values()]
         return reshaped + missing + unknown
+
+
+def _options() -> tf.train.CheckpointOptions:
+    """Lets this process read and write, also what lies on parameter servers."""
+    with tf.device("CPU:0"):
+        return tf.train.CheckpointOptions(experimental_io_device=tf.constant(0).device)
 
 
 def _is_whole(path: str) -> bool:

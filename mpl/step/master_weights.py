@@ -153,9 +153,13 @@ class MasterWeights:
 
         Args:
           inner: the optimizer that will update them; unless its rule is elementwise
-            every variable keeps its true shape.
+            every variable keeps its true shape, as it does on parameter servers.
         """
         packs = inner is None or type(inner) in _ELEMENTWISE
+        if isinstance(
+            tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy
+        ):
+            packs = False  # a buffer would lie on one server
         self._calls: dict[str, int] = {}
         self._graphs: dict[str, Callable] = {}  # of `publish` and `adopt`
         # Last created first: their gradients are ready first, and so reduced first.
@@ -360,8 +364,11 @@ class MasterWeights:
         own += self._binding.frozen
         own_refs = {copy.ref() for variable in own for copy in local(variable)}
         own_refs |= {variable.ref() for variable in own}
+        # The tape sees a parameter server's variable without what is around it.
+        handles = {id(variable.handle) for variable in own}
         watched = tape.watched_variables()
-        strangers = [v.name for v in watched if v.ref() not in own_refs]
+        strangers = [v.name for v in watched
+                     if v.ref() not in own_refs and id(v.handle) not in handles]
         if strangers:
             raise errors.ConfigError(
                 f"the loss reads {strangers[0]!r}, a trainable variable outside the "
