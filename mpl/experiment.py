@@ -1,7 +1,6 @@
 """What a researcher subclasses: a model, an optimizer, data and a loss."""
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,9 +11,7 @@ import tensorflow as tf
 
 from mpl import data as data_lib
 from mpl import distribute, errors, inference
-from mpl.loop import coordinated as coordinated_lib
-from mpl.loop import evaluator as evaluator_lib
-from mpl.loop import trainer as trainer_lib
+from mpl import experiment_loops as loops
 from mpl.loop.inner_loop import converted
 from mpl.precision import loss_scale as loss_scale_lib
 from mpl.precision import policy as policy_lib
@@ -44,12 +41,14 @@ class Experiment:
       config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
       global_step: int64 variable, attempted steps.
       train_steps: length of the training in steps.
+      peers: the processes that train in step with this one; set before `setup`.
       shard: which part of each global batch this worker trains on.
     """
 
     Config: Any = None
     policy_overrides: Mapping[str, str] = {}
     accumulates = False
+    peers = distribute.Peers()
 
     # What a researcher writes.
 
@@ -148,7 +147,7 @@ class Experiment:
         forward: state_lib.Forward | None = None,
     ) -> None:
         """Adds a batch to the metrics of training (with `forward`) or evaluation."""
-        metrics = self._eval_metrics if forward is None else self._train_metrics
+        metrics = self.eval_metrics if forward is None else self.train_metrics
         metrics.update(output, forward)
 
     @contextlib.contextmanager
@@ -175,21 +174,14 @@ class Experiment:
         """The name of the experiment: that of the class, in snake_case."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def setup(
-        self, config: Any, strategy: tf.distribute.Strategy,
-        peers: distribute.Peers = distribute.Peers(),
-    ) -> None:
+    def setup(self, config: Any, strategy: tf.distribute.Strategy) -> None:
         """Makes everything a run needs; reads data, writes nothing, restores nothing.
-
-        Args:
-          config: the settings.
-          strategy: what runs the steps.
-          peers: the processes that train in step.
 
         Raises:
           ConfigError: if the settings, the model or the data cannot work together.
         """
         self.config, self.strategy = config, strategy
+        peers = self.peers
         self.shard = {"shard": peers.rank, "num_shards": peers.size}
         replicas = strategy.num_replicas_in_sync
         if isinstance(strategy, tf.distribute.ParameterServerStrategy):
@@ -217,13 +209,13 @@ class Experiment:
             self.loss_scale = loss_scale_lib.get_loss_scale(
                 config.loss_scale, self.policy)
             self.optimizer = tf.nest.map_structure(self._wrap_optimizer, self.weights)
-            self._train_metrics = metrics_lib.Metrics(self.metrics())
-            self._eval_metrics = metrics_lib.Metrics(self.metrics())
+            self.train_metrics = metrics_lib.Metrics(self.metrics())
+            self.eval_metrics = metrics_lib.Metrics(self.metrics())
         # Outside the scope: the host counts steps, not the replicas.
         self.global_step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.trainer = _Trainer(self)
+        self.trainer = loops.ExperimentTrainer(self)
         self.evaluators = {
-            split: _Evaluator(self, split)
+            split: loops.ExperimentEvaluator(self, split)
             for split in SPLITS[1:] if split in self.pipelines
         }
 
@@ -315,7 +307,7 @@ class Experiment:
 
     def train_report(self) -> dict[str, Any]:
         """Returns loss, metrics and the state of the optimizer since the last reset."""
-        report = self._train_metrics.result()
+        report = self.train_metrics.result()
         first = tf.nest.flatten(self.optimizer)[0]
         report["loss_scale"] = float(self.loss_scale.value)
         for name in ("applied_steps", "skipped_steps"):
@@ -326,7 +318,7 @@ class Experiment:
 
     def headline(self) -> str:
         """Returns the name of the metric that sums up the experiment."""
-        return next(iter(self._eval_metrics.metrics), "loss")
+        return next(iter(self.eval_metrics.metrics), "loss")
 
     def predictor(self) -> Callable[[Mapping[str, np.ndarray]], Any]:
         """Returns a function from a dict of `[n, ...]` to predictions `[n, ...]`.
@@ -347,103 +339,6 @@ class Experiment:
           The path.
         """
         return inference.export(self, path, weights_dtype)
-
-
-class _Trainer(trainer_lib.Trainer):
-    """Runs an experiment's `train_step`.
-
-    Attributes:
-      jit_trial: decides which steps are compiled; None: the settings do.
-    """
-
-    jit_trial: Any = None
-
-    def __init__(self, experiment: Experiment):
-        eager = experiment.config.debug_eager
-        super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
-        self._experiment, self._loop.one_graph = experiment, True
-        self._loop.waits = experiment.pipelines["train"].has_own_threads
-        if isinstance(experiment.strategy, tf.distribute.ParameterServerStrategy):
-            self._loop: Any = coordinated_lib.CoordinatedLoop(
-                experiment.train_step, experiment.strategy, experiment.global_step)
-
-    def make_train_dataset(self) -> Any:
-        """Returns the training data from the position on."""
-        pipeline = self._experiment.pipelines["train"]
-        dataset = pipeline.dataset(int(self.position), **self._experiment.shard)
-        return distribute.distribute_dataset(dataset, self._experiment.strategy)
-
-    def train_loop_begin(self) -> None:
-        for weights in tf.nest.flatten(self._experiment.weights):
-            weights.adopt()
-
-    @tf.autograph.experimental.do_not_convert
-    def train_step(self, iterator: Any) -> None:
-        converted(self._experiment.train_step)(iterator)
-        # A step whose batch could not be read counts not.
-        with tf.control_dependencies([self.position.read_value()]):
-            self._experiment.global_step.assign_add(1)
-
-    def train(self, num_steps: Any = -1) -> Any:
-        if self.jit_trial is None or num_steps < 0:
-            return self._train_part(num_steps)
-        done = self.jit_trial.train(self._train_part, int(num_steps))
-        self._loop.done.assign(done)
-
-    def _train_part(self, num_steps: Any) -> Any:
-        try:
-            return super().train(num_steps)
-        finally:  # whatever ended the block, the model shows what was trained
-            for weights in tf.nest.flatten(self._experiment.weights):
-                weights.publish()
-
-    @tf.autograph.experimental.do_not_convert
-    def should_stop(self) -> tf.Tensor:
-        limit = self._experiment.config.max_consecutive_skips
-        optimizers = tf.nest.flatten(self._experiment.optimizer)
-        flags = [each.consecutive_skips >= limit for each in optimizers]
-        return functools.reduce(tf.logical_or, flags)
-
-    def nonfinite_error(self) -> errors.NonFiniteError:
-        optimizers = tf.nest.flatten(self._experiment.optimizer)
-        reports = [optimizer.nonfinite_report() for optimizer in optimizers]
-        return errors.NonFiniteError(
-            f"At step {int(self._experiment.global_step)}: "
-            f"{next(filter(None, reports), 'too many steps were skipped')}.",
-            "Lower the learning rate, clip the gradient (--clip_norm=1), or train in "
-            "--policy=mixed_bfloat16 or float32.",
-        )
-
-    def report(self) -> dict[str, Any]:
-        return self._experiment.train_report()
-
-    def reset_metrics(self) -> None:
-        self._experiment._train_metrics.reset()
-
-
-class _Evaluator(evaluator_lib.Evaluator):
-    """Runs an experiment's `eval_step` over one split."""
-
-    def __init__(self, experiment: Experiment, split: str):
-        eager = experiment.config.debug_eager
-        options = evaluator_lib.EvaluatorOptions(use_tf_function=not eager)
-        pipeline = experiment.pipelines[split]
-        super().__init__(
-            distribute.distribute_dataset(
-                pipeline.dataset(**experiment.shard), experiment.strategy),
-            options,
-        )
-        self._experiment = experiment
-
-    def eval_begin(self) -> None:
-        self._experiment._eval_metrics.reset()
-
-    @tf.autograph.experimental.do_not_convert
-    def eval_step(self, iterator: Any) -> None:
-        converted(self._experiment.eval_step)(iterator)
-
-    def eval_end(self, state: Any = None) -> dict[str, tf.Tensor]:
-        return self._experiment._eval_metrics.result()
 
 
 def _use_xla(jit_compile: bool | str, replicas: int) -> bool:

@@ -40,7 +40,7 @@ class ArraySource(Source):
         self, arrays: Mapping[str, np.ndarray], transform: Transform | None = None
     ):
         numpy_arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        self.num_examples = _check(numpy_arrays)
+        self.num_examples: int = _check(numpy_arrays)
         num_bytes = sum(
             sum(map(len, array.flat)) if array.dtype.kind == "O" else array.nbytes
             for array in numpy_arrays.values())

@@ -58,18 +58,23 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
 
 
 @contextlib.contextmanager
-def coordinating(cluster: Cluster, timeout_secs: float = 300.0) -> Iterator[None]:
+def coordinating(
+    cluster: Cluster | None, timeout_secs: float = 300.0
+) -> Iterator[None]:
     """Waits for all who serve; then makes the loss of a parameter server an error.
 
     Enter it before the strategy is made, which would wait for ever.
 
     Args:
-        cluster: of which this process is the chief.
+        cluster: of which this process is the chief; None: there are no servers.
         timeout_secs: how long to wait.
 
     Raises:
         ClusterError: a process did not start, or a parameter server is lost.
     """
+    if cluster is None:
+        yield
+        return
     missing = _tasks(cluster, "ps") | _tasks(cluster, "worker")
     deadline = time.monotonic() + timeout_secs
     while missing := _silent(missing):

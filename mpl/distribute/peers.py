@@ -129,7 +129,8 @@ class Peers:
                 self.lost = answer["cause"]
                 raise self.error()
             time.sleep(0.2)
-        cause = f"{self._cluster.name(0)} did not answer within {self._timeout_secs:g} s."
+        name = self._cluster.name(0)
+        cause = f"{name} did not answer within {self._timeout_secs:g} s."
         remedy = "Look at its log, or wait longer: --cluster_timeout."
         raise ClusterError(cause, remedy)
 

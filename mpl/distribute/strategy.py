@@ -3,7 +3,6 @@
 from typing import Any
 
 import tensorflow as tf
-from absl import logging
 
 from mpl.distribute import tpu as tpu_lib
 from mpl.distribute.cluster import Cluster
@@ -30,7 +29,7 @@ def get_strategy(
     """Makes the strategy; nothing may have used TensorFlow's devices before.
 
     Args:
-        name: `one_device`; `mirrored`: a replica on each device; `auto`, and the others:
+        name: `one_device`; `mirrored`: a replica on each device; `auto`, and others:
             see `choose_name`.
         num_devices: how many replicas in this process; None: one for each GPU, 1 where
             there is none. Without a GPU they are logical devices of the CPU, to try
@@ -61,7 +60,6 @@ def get_strategy(
     name, devices = choose_devices(name, num_devices, num_gpus)
     if not num_gpus:
         _ensure_logical_cpus(len(devices))
-    logging.info("Strategy %s on %s.", name, ", ".join(devices))
     if name == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
     if communication == "ring" or communication == "nccl" and not num_gpus:
@@ -198,8 +196,8 @@ def distribute_dataset(
     """Deals global batches to the replicas, slice by slice, in the dataset's order.
 
     Args:
-        dataset: batches of a static size that `check_batch` accepts; of several workers,
-            this one's part of them.
+        dataset: batches of a static size that `check_batch` accepts; with several
+            workers, this one's part of them.
         strategy: what runs the steps.
 
     Returns:

@@ -132,22 +132,29 @@ def execute(
     if config.device_report:
         _strategy(config, cluster)
         return {}
+    servers = cluster is not None and cluster.has_servers
+    if cluster is not None and servers and cluster.job != "chief":
+        distribute.serve(cluster, config.cluster_timeout)
+        return {}
     record, facts = None, {}
     path = workdir.find_run(config, experiment.name)
     if path is not None:
         record, facts = workdir.read_flagfile(path), workdir.read_facts(path)
         config = workdir.go_on(config_class, record, defaults, given)
     check_before(experiment, config, path, cluster)
+    timeout = config.cluster_timeout
     with (
         _eagerly(config.debug_eager),
-        distribute.joined(cluster, config.cluster_timeout) as peers,
+        distribute.coordinating(cluster if servers else None, timeout),
+        distribute.joined(None if servers else cluster, timeout) as peers,
     ):
         peers.agree(identity.facts_of(experiment_class, config, record))
         strategy = _strategy(config, cluster)
         keras.utils.set_random_seed(config.seed)
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
-        experiment.setup(config, strategy, peers)
+        experiment.peers = peers
+        experiment.setup(config, strategy)
         check_after(experiment, config, facts)
         trains = config.mode in TRAINING_MODES and peers.is_chief
         path = path or workdir.create(config.workdir, experiment.name)

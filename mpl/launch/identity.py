@@ -32,8 +32,8 @@ def facts_of(
         record: what the flagfile of the run said before, if there is one.
     """
     names = [field.name for field in fields_of(type(config))]
-    facts = {f"--{name}": written(getattr(config, name))
-             for name in names if name not in PER_COMMAND}
+    facts: dict[str, Any] = {f"--{name}": written(getattr(config, name))
+                             for name in names if name not in PER_COMMAND}
     facts["--workdir"] = config.workdir and os.path.abspath(config.workdir)
     facts["flags in the workdir"] = record and _digest(str(sorted(record.items())))
     facts["Python"] = platform.python_version()

@@ -179,7 +179,8 @@ class Session:
             workdir.write_flagfile(self.path, config, facts)
         if self.config.early_stop:
             metric, _, mode = parse_early_stop(self.config.early_stop)
-            self._print(f"Early stopping looks for the {mode}imum of validation {metric}")
+            text = f"Early stopping looks for the {mode}imum of validation {metric}"
+            self._print(text)
         if restored:
             self._print(f"Going on at step {self._step()} of {total} in {self.path}")
             if self._watches_anew:  # the best value is one of another metric

@@ -277,7 +277,7 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
     servers = isinstance(strategy, tf.distribute.ParameterServerStrategy)
     if loss_scale.is_dynamic and servers:
         if name == "auto":
-            logging.info("loss_scale auto: 1024, as parameter servers allow no dynamic one")
+            logging.info("loss_scale auto: 1024, none dynamic on parameter servers")
             return StaticLossScale(1024)
         raise ConfigError(
             f"`loss_scale` ({shown}) is dynamic, which does not go with `strategy` "

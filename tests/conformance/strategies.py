@@ -150,7 +150,8 @@ def prepared(kind, policy, accumulate, strategy, peers=distribute.Peers(), **set
     config = mpl.RunConfig(
         policy=policy, accumulate_steps=accumulate, global_batch_size=BATCH,
         train_steps=STEPS, clip_norm=1.0, ema_decay=0.9, seed=1, **settings)
-    experiment.setup(config, strategy, peers)
+    experiment.peers = peers
+    experiment.setup(config, strategy)
     return experiment
 
 

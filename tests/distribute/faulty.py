@@ -1,6 +1,6 @@
 """A small experiment of which one process can be told to die, or to differ.
 
-    FAULT=train:1:12 python -m mpl.launch.local --workers=2 -- python faulty.py --workdir=…
+    FAULT=train:1:12 python -m mpl.launch.local --workers=2 -- python faulty.py …
 
 FAULT is PHASE:RANK:STEP; PHASE train, eval, save (SIGKILL there), raise, data or code.
 """
@@ -39,8 +39,8 @@ class Faulty(mpl.Experiment):
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["y"], logits)
         return mpl.LossOutput(losses, batch["weight"])
 
-    def setup(self, config, strategy, peers):
-        super().setup(config, strategy, peers)
+    def setup(self, config, strategy):
+        super().setup(config, strategy)
         if mine and phase in ("train", "eval", "raise"):
             loop = self.evaluators["validation"] if phase == "eval" else self.trainer
             name = "eval_begin" if phase == "eval" else "train_loop_begin"

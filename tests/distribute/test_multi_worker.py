@@ -48,7 +48,6 @@ def undisturbed(tmp_path_factory):
 
 def test_the_chief_alone_writes_and_reports(undisturbed):
     workdir, output = undisturbed
-    assert "multi_worker_mirrored" not in output or "Error" not in output
     assert len(re.findall(r"MultiWorkerMirroredStrategy, 2 replicas", output)) == 2
     steps = [json.loads(line)["step"] for line in
              (workdir / "metrics.jsonl").read_text().splitlines()
@@ -58,19 +57,21 @@ def test_the_chief_alone_writes_and_reports(undisturbed):
     assert final(output)
 
 
-@pytest.mark.parametrize("fault", ["train:1:12", "train:0:12", "eval:1:20", "save:0:25"])
+LAST = {"train:1:12": 15, "train:0:12": 15, "eval:1:20": 15, "save:0:25": 20}
+
+
+@pytest.mark.parametrize("fault", LAST)
 def test_a_killed_process_is_named_and_nothing_is_lost(fault, undisturbed, tmp_path):
     phase, rank, step = fault.split(":")
     code, output, secs = start(tmp_path / "run", fault=fault)
     assert code == 128 + 9 and secs < 120
     other = 1 - int(rank)
     assert re.search(
-        rf"^\[worker {other}\] worker {rank} \(127.0.0.1:\d+\) is gone: its process has "
-        r"ended\.\n(.*\n)*\[worker \d\] Run the same command again", output, re.M)
+        rf"^\[worker {other}\] worker {rank} \(127.0.0.1:\d+\) is gone: its process "
+        r"has ended\.\n(.*\n)*\[worker \d\] Run the same command again", output, re.M)
     code, output, _ = start(tmp_path / "run")
     assert code == 0, output
-    last = {"train:1:12": 15, "train:0:12": 15, "eval:1:20": 15, "save:0:25": 20}[fault]
-    assert re.search(r"Going on at step (\d+) of 40", output)[1] == str(last)
+    assert re.search(r"Going on at step (\d+) of 40", output)[1] == str(LAST[fault])
     assert final(output) == final(undisturbed[1])
 
 

@@ -121,7 +121,7 @@ def test_who_does_not_start_is_named():
 
 def test_a_chief_that_does_not_start_is_named():
     cluster = clusters_of(2)[1]
-    with pytest.raises(ClusterError, match=r"worker 0 \(localhost:\d+\) did not answer"):
+    with pytest.raises(ClusterError, match=r"worker 0 \(.*\) did not answer"):
         Peers(cluster, 1.0).connect()
 
 
@@ -129,7 +129,7 @@ def test_a_port_in_use_is_named():
     cluster = clusters_of(2)[0]
     port = int(cluster.addresses[0].rpartition(":")[2])
     with socket.create_server(("localhost", port)):
-        with pytest.raises(ClusterError, match=f"address localhost:{port} of the chief"):
+        with pytest.raises(ClusterError, match=f"localhost:{port} of the chief"):
             Peers(cluster, 1.0).connect()
 
 
@@ -162,7 +162,8 @@ def test_a_failure_is_told_to_those_who_wait(together):
     def fail(peers):
         raise ValueError("no such file\nin the folder")
 
-    errors = together([lambda peers: peers.share(1), fail, lambda peers: peers.share(1)])
+    share = lambda peers: peers.share(1)  # noqa: E731
+    errors = together([share, fail, share])
     assert isinstance(errors[1], ValueError)
     for rank in (0, 2):
         assert isinstance(errors[rank], ClusterError)
@@ -222,7 +223,8 @@ def test_errors_of_tensorflow_become_the_loss_that_caused_them():
         first, second = pool.submit(chief), pool.submit(other)
         error = first.exception(timeout=30)
         assert isinstance(second.exception(timeout=30), ValueError)
-    assert isinstance(error, ClusterError) and "failed: ValueError: broken" in str(error)
+    assert isinstance(error, ClusterError)
+    assert "failed: ValueError: broken" in str(error)
     assert isinstance(error.__cause__, tf.errors.UnavailableError)
 
 
