@@ -136,7 +136,7 @@ class FileSource(Source):
             key: the epoch's seed, int64 `[2]`; None: files come in their own order.
 
         Returns:
-            A dataset of (a number of no meaning, (example, whether it is real)).
+            A dataset of (a bool of no meaning, (example, whether it is real)).
         """
         begin = number * self.num_examples // streams
         end = (number + 1) * self.num_examples // streams
@@ -170,25 +170,36 @@ class FileSource(Source):
                 self._shuffle_buffer, seed, reshuffle_each_iteration=False)
             examples = examples.skip(skip)
         filling = self._read(paths[file_of(begin)]).take(1).cache().repeat()
-        filling = _marked(filling, False).enumerate().take(length - (end - begin))
-        return examples.concatenate(filling)
+        no = tf.data.Dataset.from_tensors(False).repeat()
+        filling = tf.data.Dataset.zip((no, tf.data.Dataset.zip((filling, no))))
+        return examples.concatenate(filling.take(length - (end - begin)))
 
     def _checked(self, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-        """A file's examples, which are as many as was said."""
+        """A file's examples in the form of `stream`; as many as was said, or an error.
 
-        def goes_on(number: tf.Tensor, record: tuple) -> tf.Tensor:
-            _, real = record
-            fault = [
-                "File", path, "must hold", count, "examples by `examples_per_file`, "
-                "but ends or goes on after", number, ". Correct it or leave it out."]
-            right = tf.equal(real, number < count)
-            check = tf.raw_ops.Assert(condition=right, data=fault, summarize=1)
-            with tf.control_dependencies([check]):
-                return tf.identity(real)
+        No function is called for each of them, as that takes longer than to parse a
+        small one: what fails counts only where an example is too many or missing.
+        """
 
-        end = tf.data.Dataset.from_tensors(self._blank)
-        examples = _marked(self._read(path), True).concatenate(_marked(end, False))
-        return examples.enumerate().take_while(goes_on)
+        def failing(number: str) -> tf.data.Dataset:
+            def fail(number: tf.Tensor) -> tf.Tensor:
+                fault = [
+                    "File", path, "must hold", count, "examples by `examples_per_file` "
+                    "and holds", number, ". Correct it or leave it out."]
+                check = tf.raw_ops.Assert(condition=False, data=fault)
+                with tf.control_dependencies([check]):
+                    return tf.constant(False)
+
+            return tf.data.Dataset.from_tensors(number).map(fail)
+
+        zipped = tf.data.Dataset.zip
+        blank, no = map(tf.data.Dataset.from_tensors, (self._blank, False))
+        yes = tf.data.Dataset.from_tensors(True).repeat(count)
+        examples = zipped((self._read(path), yes.concatenate(failing("more"))))
+        examples = examples.concatenate(zipped((blank, no)))  # read, and left out
+        examples = examples.concatenate(zipped((blank, failing("fewer"))))
+        examples = zipped((yes.concatenate(no), examples))
+        return examples.take_while(lambda goes_on, _: goes_on)
 
     def _find_fault(self, path: str) -> None:
         number = 0
@@ -216,8 +227,3 @@ def _find(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
             "Look at the data folder and at the pattern.",
         )
     return paths
-
-
-def _marked(examples: tf.data.Dataset, real: bool) -> tf.data.Dataset:
-    """Pairs of an example and whether it is real."""
-    return tf.data.Dataset.zip((examples, tf.data.Dataset.from_tensors(real).repeat()))

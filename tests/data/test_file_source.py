@@ -250,23 +250,31 @@ def test_examples_of_any_dtype_and_shape(tmp_path):
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 10])
 @pytest.mark.parametrize(
-    ("counts", "ends_after"),
-    [([4, 6, 6], (0, 4)), ([6, 6, 6], (0, 5)), ([5, 6, 4], (2, 4)), ([5, 6, 7], (2, 6))]
+    ("counts", "file", "holds"),
+    [
+        ([4, 6, 6], 0, "more"),
+        ([6, 6, 6], 0, "fewer"),
+        ([5, 6, 4], 2, "more"),
+        ([5, 6, 7], 2, "fewer"),
+        ([5, 9, 6], 1, "fewer"),
+    ],
 )
 def test_a_wrong_count_is_found_when_it_is_read(
-    tmp_path, counts, ends_after, shuffle_buffer
+    tmp_path, counts, file, holds, shuffle_buffer
 ):
     """Whether the last batch is filled up or, where the last file is wrong, full."""
     files = _write(tmp_path, [5, 6, 6])
-    file, number = ends_after
     for shuffle in (False, True):
-        pipeline = _pipeline(files, 3, counts, shuffle_buffer, shuffle=shuffle,
-                             repeat=False)
+        read = []
+        pipeline = _pipeline(
+            files, 3, counts, shuffle_buffer, shuffle=shuffle, repeat=False)
         with pytest.raises(tf.errors.InvalidArgumentError) as error:
-            _batches(pipeline)
+            for batch in pipeline.dataset():
+                read += batch["x"][batch["weight"] > 0].numpy().tolist()
         message = " ".join(re.sub(r"[][]", "", error.value.message).split())
         assert (f"File {files[file]} must hold {counts[file]} examples by "
-                f"`examples_per_file`, but ends or goes on after {number}") in message
+                f"`examples_per_file` and holds {holds} .") in message
+        assert len(read) == len(set(read))  # what is missing had no weight
 
 
 def test_a_damaged_file_is_named_where_examples_are_counted(tmp_path):
