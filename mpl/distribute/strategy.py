@@ -13,7 +13,7 @@ NAMES = (
 )  # fmt: skip
 _START_A_CLUSTER = (
     "Set TF_CONFIG, run under Slurm, or start one on this machine: python -m "
-    "mpl.launch.local --workers=2 -- <command>."
+    "mpl.launch.local --workers=2 -- <command>; --strategy=auto takes what is there."
 )
 
 
@@ -68,9 +68,8 @@ def get_strategy(
             + (" on CPUs." if communication == "nccl" else "."),
             "Use --communication=auto; ring is for several processes, nccl for GPUs.",
         )
-    if num_gpus:
-        nccl = tf.distribute.NcclAllReduce() if communication == "nccl" else None
-        return tf.distribute.MirroredStrategy(devices, cross_device_ops=nccl)
+    if num_gpus:  # by TensorFlow's collectives, which are NCCL's
+        return tf.distribute.MirroredStrategy(devices)
     # TensorFlow's own choice on CPUs, collectives, keeps one group size for the life of
     # a process: a second strategy of another size would fail.
     return tf.distribute.MirroredStrategy(

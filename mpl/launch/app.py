@@ -129,6 +129,8 @@ def execute(
     experiment, config_class = experiment_class(), experiment_class.Config or RunConfig
     config = merged(config_class, defaults, given)
     cluster = distribute.find_cluster()
+    distribute.choose_name(config.strategy, cluster, config.tpu)
+    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
     if config.device_report:
         _strategy(config, cluster)
         return {}
@@ -165,8 +167,7 @@ def execute(
 def _strategy(
     config: RunConfig, cluster: distribute.Cluster | None
 ) -> tf.distribute.Strategy:
-    """Sets the devices up, and says what they are."""
-    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+    """Makes the strategy, and says what devices there are."""
     strategy = distribute.get_strategy(
         config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
         communication=config.communication, timeout_secs=config.cluster_timeout)
@@ -185,7 +186,6 @@ def check_before(
         ConfigError: the workdir takes no files, `data_dir` is missing, the experiment
             cannot predict and is asked to, or a cluster lacks a `workdir`.
     """
-    distribute.choose_name(config.strategy, cluster, config.tpu)
     if cluster is not None and config.workdir is None:
         raise ConfigError(
             "`workdir` is not set, and all processes of a cluster must know it.",

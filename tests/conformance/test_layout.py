@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "loop": set(),
     "step": {"precision"},
     "inference": {"distribute", "data", "precision", "record"},
+    "experiment_loops": {"distribute", "loop"},
     "experiment": {"distribute", "data", "precision", "step", "loop", "record"}
-    | {"inference"},
+    | {"inference", "experiment_loops"},
     "launch": {"distribute", "data", "precision", "step", "loop", "record"}
     | {"experiment"},
 }
