@@ -114,7 +114,7 @@ def reason(name: str, num_devices: int | None, cluster: Cluster | None) -> str:
     if name != "auto":
         return f"--strategy={name}"
     if cluster is not None:
-        return f"a cluster of {len(cluster.addresses)} processes"
+        return f"a cluster of {sum(map(len, cluster.jobs.values()))} processes"
     if num_devices is not None:
         return f"--num_devices={num_devices}"
     count = len(tf.config.get_visible_devices("GPU"))
