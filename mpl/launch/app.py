@@ -161,7 +161,7 @@ def execute(
         trains = config.mode in TRAINING_MODES and peers.is_chief
         path = path or workdir.create(config.workdir, experiment.name)
         with workdir.lock(path) if trains else contextlib.nullcontext():
-            return Session(experiment, path, peers, start, record).go()
+            return Session(experiment, path, start, record).go()
 
 
 def _strategy(

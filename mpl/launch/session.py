@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from mpl import loop
-from mpl.distribute import Peers
 from mpl.errors import CheckpointError, ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
@@ -88,7 +87,6 @@ class Session:
     Args:
         experiment: set up.
         path: folder of the run.
-        peers: the processes that train in step; the chief alone writes and prints.
         start: command that starts the program, for hints; None: in a notebook.
         record: what the run's flagfile said before; None: a new run.
 
@@ -101,13 +99,14 @@ class Session:
         self,
         experiment: Experiment,
         path: str,
-        peers: Peers,
         start: str | None = None,
         record: Mapping[str, str] | None = None,
     ):
         config = self.config = experiment.config
         self.experiment, self.path, self._start = experiment, path, start
-        self._peers, self._print = peers, print if peers.is_chief else _say_nothing
+        # Of several processes that train in step the chief alone writes and prints.
+        peers = self._peers = experiment.peers
+        self._print = print if peers.is_chief else _say_nothing
         headline = experiment.headline()
         watch = EarlyStop(headline, sys.maxsize, better(headline))
         if config.early_stop is not None:

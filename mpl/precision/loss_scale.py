@@ -280,8 +280,7 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
             logging.info("loss_scale auto: 1024, none dynamic on parameter servers")
             return StaticLossScale(1024)
         raise ConfigError(
-            f"`loss_scale` ({shown}) is dynamic, which does not go with `strategy` "
-            "parameter_server.",
+            f"`loss_scale` ({shown}) is dynamic, which parameter servers do not allow.",
             "Use --loss_scale=1024, or another power of two.",
         )
     return loss_scale

@@ -2,7 +2,8 @@
 
     FAULT=train:1:12 python -m mpl.launch.local --workers=2 -- python faulty.py …
 
-FAULT is PHASE:RANK:STEP; PHASE train, eval, save (SIGKILL there), raise, data or code.
+FAULT is PHASE:RANK:STEP; PHASE train, eval, save (SIGKILL there), raise; or data, code,
+flags, which are other ones then.
 """
 
 import atexit
@@ -67,6 +68,8 @@ if __name__ == "__main__":
         copy.write_text(pathlib.Path(__file__).read_text() + "# changed\n")
         os.execv(sys.executable, [sys.executable, str(copy), *sys.argv[1:]])
     atexit.register(copy.unlink, missing_ok=True)
+    if mine and phase == "flags":
+        sys.argv.append("--clip_norm=3")
     mpl.run(Faulty, train_steps=40, eval_every_steps=10, checkpoint_every_steps=5,
             steps_per_loop=5, log_every_steps=5, global_batch_size=8,
             policy="float32", optimizer="sgd", learning_rate=0.1)

@@ -83,7 +83,8 @@ def test_a_failure_of_one_ends_the_others_with_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("fault, fact", [
-    ("data:1:", "train data"), ("code:1:", "code of the experiment")])
+    ("data:1:", "train data"), ("code:1:", "code of the experiment"),
+    ("flags:1:", "--clip_norm")])
 def test_workers_that_differ_are_found_before_they_train(fault, fact, tmp_path):
     code, output, _ = start(tmp_path / "run", fault=fault)
     assert code == 1

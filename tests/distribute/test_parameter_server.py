@@ -151,8 +151,8 @@ def test_the_limit_of_skips_is_seen_at_a_block_s_edge(seen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "message"), [
-    ("loss_scale", "`loss_scale` (dynamic) does not go with `strategy` "
-     "parameter_server.\nUse --loss_scale=1024, or another power of two."),
+    ("loss_scale", "`loss_scale` (dynamic) is dynamic, which parameter servers do not "
+     "allow.\nUse --loss_scale=1024, or another power of two."),
     ("deterministic", "`deterministic` (True) does not go with `strategy` "
      "parameter_server: workers write as they come.\nLeave it out, or use --strategy="
      "multi_worker_mirrored, in a cluster without ps."),

@@ -206,8 +206,8 @@ def sessions(monkeypatch):
 def test_a_new_run_has_its_folder_and_flags(sessions):
     results = app.execute(Recorded, {"hidden": 7}, {"train_steps": 5}, "start")
     assert results == {"test": {"accuracy": 1.0}}
-    experiment, path, peers, start, record = sessions[0]
-    assert (peers.size, start, record) == (1, "start", None)
+    experiment, path, start, record = sessions[0]
+    assert (start, record) == ("start", None)
     assert os.path.samefile(path, "runs/recorded/latest")
     written = workdir.read_flagfile(path)
     assert written["hidden"] == "7"
@@ -251,7 +251,7 @@ def test_a_run_goes_on_and_says_what_changed(sessions, capsys):
     app.execute(Recorded, {}, {"workdir": "w", "train_steps": 5, "hidden": 7})
     app.execute(Recorded, {}, {"workdir": "w", "train_steps": 9})
     assert "Changed since the run began: train_steps 5 -> 9" in capsys.readouterr().out
-    experiment, path, _, _, record = sessions[1]
+    experiment, path, _, record = sessions[1]
     assert (path, record["train_steps"], experiment.config.hidden) == ("w", "5", 7)
     assert workdir.read_flagfile("w")["train_steps"] == "9"
     with pytest.raises(ConfigError, match="hidden 7 -> 8"):
