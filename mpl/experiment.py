@@ -201,8 +201,10 @@ class Experiment:
             self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
         self._build_pipelines()
         if peers.size > 1:  # before the first variable, which workers send each other
-            peers.agree({f"{split} data": data_lib.fingerprint(pipeline)
-                         for split, pipeline in self.pipelines.items()})
+            peers.agree({
+                f"{split} data, {name}": value
+                for split, pipeline in self.pipelines.items()
+                for name, value in data_lib.fingerprint(pipeline).items()})
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
             self.build()

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.replicas [--works=mlp,cnn] [--policy=float32]
 
-One device and two of a process, by mpl and by Keras's `fit`, in blocks in turn; then two
-processes, by themselves. Without GPUs the devices are logical ones of the CPU, which
+One device and two of a process, by mpl and by Keras's `fit`, in blocks in turn; then
+two processes, by themselves. Without GPUs the devices are logical ones of the CPU and
 share its cores: what is seen then is what several replicas cost, not what they gain.
 """
 
@@ -73,7 +73,7 @@ def one_process(work: str, policy: str) -> dict[str, list[float]]:
     """Times one device, two devices, and `fit` on both."""
     one = distribute.get_strategy("one_device")
     two = distribute.get_strategy("mirrored", 2)
-    trains = {
+    trains: dict[str, Callable[[int], object]] = {
         "mpl, one device": Replicas(work, policy, one).train,
         "mpl, mirrored ×2": Replicas(work, policy, two).train,
     }

@@ -9,6 +9,7 @@ from mpl.distribute.parameter_server import check_server_settings, coordinating,
 from mpl.distribute.peers import Peers, joined
 from mpl.distribute.strategy import (
     check_batch,
+    choose,
     choose_name,
     distribute_dataset,
     get_strategy,
@@ -20,6 +21,7 @@ __all__ = [
     "Peers",
     "check_batch",
     "check_server_settings",
+    "choose",
     "choose_name",
     "configure",
     "coordinating",

@@ -164,6 +164,10 @@ def _from_kubernetes(selector: str, node_ip: str | None) -> Cluster | None:
         where = ", ".join(addresses) or "there are none"
         cause = f"`NODE_IP` ({node_ip}) is no address of a pod's node: {where}."
         raise ClusterError(cause, remedy)
+    count = int(os.environ.get("WORKERS", max(2, len(addresses))))
+    if len(addresses) != count:
+        cause = f"`KUBERNETES_SELECTOR` lists {len(addresses)} of {count} pods."
+        raise ClusterError(cause, "Start again when all are there, or correct WORKERS.")
     return _checked(Cluster({"worker": addresses}, "worker", addresses.index(own)),
                     "KUBERNETES_SELECTOR")
 

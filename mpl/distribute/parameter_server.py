@@ -6,7 +6,9 @@ and writes. The variables lie on the servers; workers and servers do as they are
 
 import contextlib
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -47,6 +49,9 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
         remedy = "End the process that uses it, or take another port."
         raise ClusterError(cause, remedy) from error
     logging.info("Serving as %s %d at %s.", cluster.job, cluster.index, server.target)
+    # Ctrl-C reaches all; the chief needs its servers to save.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     has_come, deadline = False, time.monotonic() + timeout_secs
     while time.monotonic() < deadline:
         if _answers(chief):

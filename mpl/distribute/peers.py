@@ -146,7 +146,8 @@ class Peers:
         if self.size == 1:
             return [value]
         if not self.is_chief:
-            self._connections[0].send(kind="value", value=value)
+            with contextlib.suppress(OSError):  # `_take` says who is lost
+                self._connections[0].send(kind="value", value=value)
             return self._take(0)
         values = [value, *(self._take(rank) for rank in range(1, self.size))]
         for connection in self._connections.values():
@@ -222,8 +223,10 @@ class Peers:
             if self.lost or self._closing.is_set():
                 return
             self.lost = cause
-        logging.error("%s.", cause)
         self._tell(cause)
+        if self._closing.wait(1.0):
+            return  # all end, each by itself
+        logging.error("%s.", cause)
         if not self._closing.wait(_GRACE_SECS):
             print(self.error(), flush=True)
             self._end(1)
@@ -295,7 +298,9 @@ def joined(cluster: Cluster | None, timeout_secs: float) -> Iterator[Peers]:
         yield peers
     except BaseException as error:
         if isinstance(error, _OF_LOSS) and peers.size > 1:
-            deadline = time.monotonic() + 5.0
+            # TensorFlow gives a host up that is silent before this does.
+            names_a_peer = "/job:" in str(error)
+            deadline = time.monotonic() + (_SILENCE_SECS + 5 if names_a_peer else 5)
             while not peers.lost and time.monotonic() < deadline:
                 time.sleep(0.05)
         is_loss = isinstance(error, _OF_LOSS) and peers.lost

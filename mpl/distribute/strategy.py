@@ -1,8 +1,11 @@
 """Which devices take part in a step."""
 
+import faulthandler
+import sys
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
 from mpl.distribute import tpu as tpu_lib
 from mpl.distribute.cluster import Cluster
@@ -44,37 +47,68 @@ def get_strategy(
             than asked for.
         ClusterError: the TPU cannot be reached.
     """
-    name = choose_name(name, cluster, tpu)
+    name, devices = choose(
+        name, num_devices, cluster=cluster, tpu=tpu, communication=communication)
     if name == "tpu":
         return tpu_lib.connect(tpu, timeout_secs)
     if name == "parameter_server":
         assert cluster
         return tf.distribute.ParameterServerStrategy(cluster.resolver)
-    # Physical devices: listing logical ones would fix the number of logical CPUs.
-    gpus = tf.config.get_visible_devices("GPU")
-    num_gpus = len(gpus)
-    if num_gpus and name != "multi_worker_mirrored":
-        num_gpus = len(tf.config.list_logical_devices("GPU"))
     if name == "multi_worker_mirrored":
-        return _multi_worker(cluster, num_devices, gpus, communication)
-    name, devices = choose_devices(name, num_devices, num_gpus)
-    if not num_gpus:
+        return _multi_worker(cluster, devices, communication, timeout_secs)
+    if "CPU" in devices[0]:
         _ensure_logical_cpus(len(devices))
     if name == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
-    if communication == "ring" or communication == "nccl" and not num_gpus:
-        raise ConfigError(
-            f"`communication` ({communication}) does not go with `strategy` mirrored"
-            + (" on CPUs." if communication == "nccl" else "."),
-            "Use --communication=auto; ring is for several processes, nccl for GPUs.",
-        )
-    if num_gpus:  # by TensorFlow's collectives, which are NCCL's
+    if "GPU" in devices[0]:  # by TensorFlow's collectives, which are NCCL's
         return tf.distribute.MirroredStrategy(devices)
     # TensorFlow's own choice on CPUs, collectives, keeps one group size for the life of
     # a process: a second strategy of another size would fail.
     return tf.distribute.MirroredStrategy(
         devices, cross_device_ops=tf.distribute.ReductionToOneDevice()
     )
+
+
+def choose(
+    name: str, num_devices: int | None, *, cluster: Cluster | None, tpu: str | None,
+    communication: str,
+) -> tuple[str, list[str]]:
+    """The rule of `get_strategy`: the name without `auto`, and this process's devices.
+
+    Raises:
+        ConfigError: settings that do not go together or with what is there.
+    """
+    name = choose_name(name, cluster, tpu)
+    num_gpus = len(tf.config.get_visible_devices("GPU"))
+    if num_gpus and name in ("auto", "one_device", "mirrored"):
+        # Physical devices above: listing logical ones fixes the number of CPUs.
+        num_gpus = len(tf.config.list_logical_devices("GPU"))
+    if name == "tpu":
+        if num_devices is not None:
+            cause = f"`num_devices` ({num_devices}) does not go with a TPU."
+            raise ConfigError(cause, "Leave it out: all of its cores take part.")
+        devices = []
+    elif name == "parameter_server":
+        devices = []  # see `check_server_settings`
+    elif name == "multi_worker_mirrored":
+        if not num_gpus and (num_devices or 1) > 1:
+            raise ConfigError(
+                f"`num_devices` ({num_devices}) must be 1: without GPUs each process "
+                "of a cluster has one device.",
+                "Leave it out, or start more processes.",
+            )
+        _, devices = choose_devices("mirrored", num_devices, num_gpus)
+    else:
+        name, devices = choose_devices(name, num_devices, num_gpus)
+    between_gpus = name in ("mirrored", "multi_worker_mirrored") and num_gpus
+    if communication == "ring" and name != "multi_worker_mirrored" or (
+            communication == "nccl" and not between_gpus):
+        raise ConfigError(
+            f"`communication` ({communication}) does not go with `strategy` {name}"
+            f"{'' if num_gpus else ' on CPUs'}.",
+            "Use --communication=auto; ring is for several processes, nccl for GPUs.",
+        )
+    return name, devices
 
 
 def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
@@ -86,6 +120,11 @@ def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
     if name not in NAMES:
         raise ConfigError(
             f"`strategy` ({name}) is unknown.", f"Use one of {', '.join(NAMES)}."
+        )
+    if tpu is not None and cluster is not None:
+        raise ConfigError(
+            f"`tpu` ({tpu}) does not go with the cluster that this process is one of.",
+            "Start one process without TF_CONFIG: it uses all hosts of the TPU.",
         )
     if tpu is not None or name == "tpu":
         if name not in ("auto", "tpu") or tpu is None:
@@ -122,23 +161,24 @@ def reason(name: str, num_devices: int | None, cluster: Cluster | None) -> str:
 
 
 def _multi_worker(
-    cluster: Cluster | None, num_devices: int | None, gpus: list, communication: str
+    cluster: Cluster | None, devices: list[str], communication: str, timeout_secs: float
 ) -> tf.distribute.Strategy:
     assert cluster
-    if (num_devices or 1) > (len(gpus) or 1):
-        raise ConfigError(
-            f"`num_devices` ({num_devices}) is more than the {len(gpus) or 1} of each "
-            "process.",
-            "Use fewer, or more processes; without GPUs a process has one device.",
-        )
-    if communication == "nccl" and not gpus:
-        cause = "`communication` (nccl) needs GPUs, and TensorFlow sees none."
-        raise ConfigError(cause, "Use --communication=auto or ring.")
-    if num_devices and gpus:
-        tf.config.set_visible_devices(gpus[:num_devices], "GPU")
+    gpus = tf.config.get_visible_devices("GPU")
+    if gpus[len(devices):]:
+        tf.config.set_visible_devices(gpus[: len(devices)], "GPU")
     kind = tf.distribute.experimental.CommunicationImplementation[communication.upper()]
     options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
-    return tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
+    others = [cluster.name(rank) for rank in range(len(cluster.addresses))
+              if rank != cluster.rank]
+    logging.info("Waiting up to %g s for %s.", timeout_secs, ", ".join(others))
+    # TensorFlow waits there for all, with Python's lock: no thread of Python's could
+    # end it if one of them died on the way.
+    faulthandler.dump_traceback_later(timeout_secs, exit=True, file=sys.__stderr__)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def choose_devices(

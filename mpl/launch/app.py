@@ -1,6 +1,7 @@
 """From an experiment class to a finished run: what ends every binary."""
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
@@ -126,36 +127,51 @@ def execute(
         given: values that the user gives; they win.
         start: command that starts the program, for hints; None: in a notebook.
     """
-    experiment, config_class = experiment_class(), experiment_class.Config or RunConfig
-    config = merged(config_class, defaults, given)
+    config = merged(experiment_class.Config or RunConfig, defaults, given)
     cluster = distribute.find_cluster()
-    distribute.choose_name(config.strategy, cluster, config.tpu)
-    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
-    if config.device_report:
-        _strategy(config, cluster)
+    if config.device_report:  # of this process
+        distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+        alone = dataclasses.replace(config, strategy="auto") if cluster else config
+        _strategy(alone, None)
         return {}
-    servers = cluster is not None and cluster.has_servers
-    if cluster is not None and servers and cluster.job != "chief":
-        distribute.serve(cluster, config.cluster_timeout)
+    timeout = config.cluster_timeout
+    servers = cluster if cluster and cluster.has_servers else None
+    if servers and servers.job != "chief":
+        distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+        distribute.serve(servers, timeout)
         return {}
+    with (
+        distribute.coordinating(servers, timeout),
+        distribute.joined(None if servers else cluster, timeout) as peers,
+    ):
+        experiment = experiment_class()
+        experiment.peers = peers
+        return _execute(experiment, defaults, given, cluster, start)
+
+
+def _execute(
+    experiment: Experiment,
+    defaults: Mapping[str, Any],
+    given: Mapping[str, Any],
+    cluster: distribute.Cluster | None,
+    start: str | None,
+) -> Results:
+    config_class = experiment.Config or RunConfig
+    config = merged(config_class, defaults, given)
     record, facts = None, {}
     path = workdir.find_run(config, experiment.name)
     if path is not None:
         record, facts = workdir.read_flagfile(path), workdir.read_facts(path)
         config = workdir.go_on(config_class, record, defaults, given)
+    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
     check_before(experiment, config, path, cluster)
-    timeout = config.cluster_timeout
-    with (
-        _eagerly(config.debug_eager),
-        distribute.coordinating(cluster if servers else None, timeout),
-        distribute.joined(None if servers else cluster, timeout) as peers,
-    ):
-        peers.agree(identity.facts_of(experiment_class, config, record))
+    peers = experiment.peers
+    peers.agree(identity.identity_of(type(experiment), config, record))
+    with _eagerly(config.debug_eager):
         strategy = _strategy(config, cluster)
         keras.utils.set_random_seed(config.seed)
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
-        experiment.peers = peers
         experiment.setup(config, strategy)
         check_after(experiment, config, facts)
         trains = config.mode in TRAINING_MODES and peers.is_chief
@@ -184,8 +200,12 @@ def check_before(
 
     Raises:
         ConfigError: the workdir takes no files, `data_dir` is missing, the experiment
-            cannot predict and is asked to, or a cluster lacks a `workdir`.
+            cannot predict and is asked to, a cluster lacks a `workdir`, or the strategy
+            does not go with what is there.
     """
+    distribute.choose(
+        config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
+        communication=config.communication)
     if cluster is not None and config.workdir is None:
         raise ConfigError(
             "`workdir` is not set, and all processes of a cluster must know it.",

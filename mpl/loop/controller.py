@@ -286,7 +286,6 @@ class Controller:
                     if due(self._save_every):
                         self._save_once(step)
                 self._report(step, output, logs=True)
-                look()
                 too_short = step < steps and not self.stop_training
                 cut = too_short or interrupted
                 if evaluated_at != step and not cut:

@@ -73,6 +73,13 @@ class Plain(mpl.Experiment):
         return {"accuracy": keras.metrics.SparseCategoricalAccuracy()}
 
 
+class Small(Plain):
+    """In several buckets."""
+
+    def build_weights(self, model):
+        return mpl.MasterWeights(model, self.policy, bucket_mb=1e-3)
+
+
 class Poisoned(Plain):
     poisoned = (3, 77, 130)  # each in the part of one replica
 
@@ -136,7 +143,7 @@ class Gan(Plain):
         return {}
 
 
-KINDS = {kind.__name__: kind for kind in (Plain, Poisoned, Gan)}
+KINDS = {kind.__name__: kind for kind in (Plain, Small, Poisoned, Gan)}
 CASES = [*itertools.product(("Plain", "Gan"), POLICIES, ACCUMULATE),
          *itertools.product(("Poisoned",), ("float32", "mixed_float16"), (1,))]
 
@@ -187,8 +194,9 @@ def train(kind, policy, accumulate, strategy, peers=distribute.Peers(), **settin
 
 
 def restored(path, strategy, peers=distribute.Peers()):
-    """Returns the `outcome` of going on for 3 steps from a checkpoint of 20."""
-    experiment = prepared("Plain", "float32", 1, strategy, peers, bucket_mb=1)
+    """Returns the `outcome` of 3 more steps from a checkpoint, in smaller buckets."""
+    experiment = prepared("Small", "float32", 1, strategy, peers)
+    assert len(experiment.weights.buckets) > 1
     Checkpoints(path, **experiment.checkpoint_objects()).resume()
     experiment.after_restore()
     experiment.trainer.train(3)

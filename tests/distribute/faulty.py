@@ -2,8 +2,8 @@
 
     FAULT=train:1:12 python -m mpl.launch.local --workers=2 -- python faulty.py …
 
-FAULT is PHASE:RANK:STEP; PHASE train, eval, save (SIGKILL there), raise; or data, code,
-flags, which are other ones then.
+FAULT is PHASE:RANK:STEP; PHASE start, train, eval, save (SIGKILL there), raise; or
+data, code, flags, which are other ones then.
 """
 
 import atexit
@@ -18,10 +18,10 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
-from mpl.distribute import find_cluster
+from mpl import distribute
 from mpl.record.checkpoint import Checkpoints
 
-cluster = find_cluster()
+cluster = distribute.find_cluster()
 phase, rank, step = f"{os.environ.get('FAULT', '')}::".split(":")[:3]
 mine = cluster is not None and rank == str(cluster.rank)
 
@@ -62,6 +62,8 @@ if mine and phase == "save":
         return former(self, names)
 
     former, Checkpoints._commit = Checkpoints._commit, commit
+if mine and phase == "start":
+    distribute.get_strategy = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     copy = pathlib.Path(tempfile.gettempdir(), f"other_{os.getppid()}.py")
     if mine and phase == "code" and "other_" not in __file__:

@@ -17,7 +17,8 @@ WITH_SERVERS = {"ps": ["p:1"], "worker": ["a:1", "b:2"], "chief": ["c:3"]}
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch):
-    for name in ("TF_CONFIG", "KUBERNETES_SELECTOR", "NODE_IP", "SLURM_STEP_NUM_TASKS"):
+    for name in ("TF_CONFIG", "KUBERNETES_SELECTOR", "NODE_IP", "WORKERS",
+                 "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -249,10 +250,14 @@ def test_a_worker_for_each_pod(pods, monkeypatch):
     assert set(selectors) == {"job-name=digits"}
 
 
-def test_one_pod_is_no_cluster(pods, monkeypatch):
-    pods(("digits-0", "10.0.0.1", "Running"))
-    monkeypatch.setenv("NODE_IP", "10.0.0.1")
-    assert find_cluster() is None
+@pytest.mark.parametrize("workers, there, count", [(None, 1, 2), ("3", 2, 3)])
+def test_pods_that_are_not_all_there(workers, there, count, pods, monkeypatch):
+    pods(*[(f"p{n}", f"10.0.0.{n}", "Running") for n in range(there)])
+    monkeypatch.setenv("NODE_IP", "10.0.0.0")
+    if workers:
+        monkeypatch.setenv("WORKERS", workers)
+    with pytest.raises(ClusterError, match=f"lists {there} of {count} pods"):
+        find_cluster()
 
 
 @pytest.mark.parametrize("listed, node_ip, cause", [

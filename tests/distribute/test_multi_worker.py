@@ -10,23 +10,27 @@ import time
 
 import pytest
 
+from mpl.launch import local
+
 pytestmark = pytest.mark.slow
 
 FAULTY = str(pathlib.Path(__file__).with_name("faulty.py"))
+MARK = 10**6 + os.getpid()  # of this test's processes
 SECS = 200  # after which a cluster that hangs fails its test
 
 
 def start(workdir, *flags, fault="", workers=2, grace_secs=120):
     """Runs a cluster to its end; returns exit code, output, seconds."""
     command = [sys.executable, "-m", "mpl.launch.local", f"--workers={workers}",
-               f"--grace_secs={grace_secs}", "--", sys.executable, FAULTY, *flags]
+               f"--grace_secs={grace_secs}", "--", sys.executable, FAULTY, *flags,
+               f"--summary_every_steps={MARK}"]
     command += [f"--workdir={workdir}"] * (workdir is not None)
     began = time.monotonic()
     done = subprocess.run(
         command, timeout=SECS, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FAULT": fault})
-    left = subprocess.run(["pgrep", "-f", f"workdir={workdir}"], text=True,
+    left = subprocess.run(["pgrep", "-f", f"{FAULTY} .*{MARK}"], text=True,
                           stdout=subprocess.PIPE).stdout.split()
     assert not left
     return done.returncode, done.stdout, time.monotonic() - began
@@ -75,6 +79,21 @@ def test_a_killed_process_is_named_and_nothing_is_lost(fault, undisturbed, tmp_p
     assert final(output) == final(undisturbed[1])
 
 
+def test_who_dies_before_the_collectives_start_holds_nobody_up(tmp_path):
+    """TensorFlow waits there with Python's lock held."""
+    code, output, secs = start(
+        tmp_path / "run", "--cluster_timeout=15", fault="start:1:")
+    assert code == 128 + 9 and secs < 90
+    assert re.search(r"Waiting up to 15 s for worker 1 \(127", output)
+    assert re.search(r"^\[worker 0\] Timeout \(0:00:15\)!", output, re.M)
+
+
+def test_each_process_reports_its_devices():
+    code, output, _ = start(None, "--device_report", "--strategy=multi_worker_mirrored")
+    assert code == 0
+    assert len(re.findall(r"^\[worker \d\] Strategy  OneDevice", output, re.M)) == 2
+
+
 def test_a_failure_of_one_ends_the_others_with_its_name(tmp_path):
     code, output, secs = start(tmp_path / "run", fault="raise:1:5")
     assert code == 1 and secs < 120
@@ -83,7 +102,7 @@ def test_a_failure_of_one_ends_the_others_with_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("fault, fact", [
-    ("data:1:", "train data"), ("code:1:", "code of the experiment"),
+    ("data:1:", "train data, first_batch_crc32"), ("code:1:", "code of the experiment"),
     ("flags:1:", "--clip_norm")])
 def test_workers_that_differ_are_found_before_they_train(fault, fact, tmp_path):
     code, output, _ = start(tmp_path / "run", fault=fault)
@@ -100,7 +119,8 @@ def test_a_cluster_needs_a_folder():
 
 
 def test_who_never_starts_is_named(tmp_path):
-    config = {"cluster": {"worker": ["127.0.0.1:20011", "127.0.0.1:20012"]},
+    first, second = (f"127.0.0.1:{port}" for port in local.free_ports(2))
+    config = {"cluster": {"worker": [first, second]},
               "task": {"type": "worker", "index": 0}}
     done = subprocess.run(
         [sys.executable, FAULTY, f"--workdir={tmp_path}", "--cluster_timeout=2"],
@@ -108,4 +128,4 @@ def test_who_never_starts_is_named(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
              "TF_CONFIG": json.dumps(config)})
     assert done.returncode == 1
-    assert "worker 1 (127.0.0.1:20012) did not start within 2 s.\n" in done.stdout
+    assert f"worker 1 ({second}) did not start within 2 s.\n" in done.stdout

@@ -72,6 +72,7 @@ def test_choose_name(name, cluster, tpu, chosen):
 @pytest.mark.parametrize(("name", "cluster", "tpu", "message"), [
     ("mirored", None, None, r"`strategy` \(mirored\) is unknown.\nUse one of auto,"),
     ("tpu", None, None, r"\(tpu\) and `tpu` \(None\) do not go .*\n.*--tpu=local"),
+    ("auto", WORKERS, "x", r"`tpu` \(x\) does not go with the cluster"),
     ("mirrored", None, "x", r"\(mirrored\) and `tpu` \(x\) do not go together"),
     ("parameter_server", None, None, r"needs a cluster.*\nSet TF_CONFIG.*launch.local"),
     ("multi_worker_mirrored", None, None, "needs a cluster, and none is described"),
@@ -86,7 +87,7 @@ def test_a_strategy_that_does_not_go_with_what_is_there(name, cluster, tpu, mess
 
 @pytest.mark.parametrize(("name", "communication", "message"), [
     ("mirrored", "nccl", r"\(nccl\) does not go with `strategy` mirrored on CPUs"),
-    ("mirrored", "ring", r"\(ring\) does not go with `strategy` mirrored\."),
+    ("mirrored", "ring", r"\(ring\) does not go with `strategy` mirrored on CPUs"),
 ])
 def test_communication_that_a_strategy_has_not(name, communication, message):
     with pytest.raises(ConfigError, match=message):
@@ -94,10 +95,17 @@ def test_communication_that_a_strategy_has_not(name, communication, message):
 
 
 def test_workers_on_cpus_have_one_device_and_no_nccl():
-    with pytest.raises(ConfigError, match=r"\(2\) is more than the 1 of each process"):
+    with pytest.raises(ConfigError, match=r"\(2\) must be 1: without GPUs each"):
         get_strategy("auto", 2, cluster=WORKERS)
-    with pytest.raises(ConfigError, match=r"\(nccl\) needs GPUs"):
+    with pytest.raises(ConfigError, match=r"\(nccl\) .* multi_worker_mirrored on CPUs"):
         get_strategy("auto", cluster=WORKERS, communication="nccl")
+
+
+def test_one_device_has_nothing_to_communicate_and_a_tpu_all_its_cores():
+    with pytest.raises(ConfigError, match=r"\(ring\) .* `strategy` one_device on CPUs"):
+        get_strategy("one_device", communication="ring")
+    with pytest.raises(ConfigError, match=r"`num_devices` \(2\) does not go with a"):
+        get_strategy("auto", 2, tpu="local")
 
 
 @pytest.mark.parametrize(("name", "num_devices", "cluster", "words"), [
