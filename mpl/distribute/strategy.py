@@ -1,7 +1,6 @@
 """Which devices take part in a step."""
 
 import faulthandler
-import sys
 from typing import Any
 
 import tensorflow as tf
@@ -83,13 +82,11 @@ def choose(
     if num_gpus and name in ("auto", "one_device", "mirrored"):
         # Physical devices above: listing logical ones fixes the number of CPUs.
         num_gpus = len(tf.config.list_logical_devices("GPU"))
+    devices: list[str] = []
     if name == "tpu":
         if num_devices is not None:
             cause = f"`num_devices` ({num_devices}) does not go with a TPU."
             raise ConfigError(cause, "Leave it out: all of its cores take part.")
-        devices = []
-    elif name == "parameter_server":
-        devices = []  # see `check_server_settings`
     elif name == "multi_worker_mirrored":
         if not num_gpus and (num_devices or 1) > 1:
             raise ConfigError(
@@ -98,7 +95,7 @@ def choose(
                 "Leave it out, or start more processes.",
             )
         _, devices = choose_devices("mirrored", num_devices, num_gpus)
-    else:
+    elif name != "parameter_server":
         name, devices = choose_devices(name, num_devices, num_gpus)
     between_gpus = name in ("mirrored", "multi_worker_mirrored") and num_gpus
     if communication == "ring" and name != "multi_worker_mirrored" or (
@@ -174,7 +171,7 @@ def _multi_worker(
     logging.info("Waiting up to %g s for %s.", timeout_secs, ", ".join(others))
     # TensorFlow waits there for all, with Python's lock: no thread of Python's could
     # end it if one of them died on the way.
-    faulthandler.dump_traceback_later(timeout_secs, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(timeout_secs, exit=True, file=2)
     try:
         return tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
     finally:
