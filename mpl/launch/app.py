@@ -166,7 +166,8 @@ def _execute(
     distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
     check_before(experiment, config, path, cluster)
     peers = experiment.peers
-    peers.agree(identity.identity_of(type(experiment), config, record))
+    if peers.size > 1:
+        peers.agree(identity.identity_of(type(experiment), config, record))
     with _eagerly(config.debug_eager):
         strategy = _strategy(config, cluster)
         keras.utils.set_random_seed(config.seed)

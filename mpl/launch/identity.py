@@ -48,9 +48,9 @@ def identity_of(
 
 def _sources(experiment_class: type[Experiment]) -> list[str]:
     """Returns the files of the experiment's package, or folder, that are imported."""
-    module = sys.modules[experiment_class.__module__]
+    module = sys.modules.get(experiment_class.__module__)
     own = getattr(module, "__file__", None)
-    if own is None:
+    if module is None or own is None:
         return []  # a notebook
     package = (module.__spec__.name if module.__spec__ else "").partition(".")[0]
     files = {own}
