@@ -1,6 +1,6 @@
 """mpl: explicit mixed-precision training loops for TensorFlow, without Keras fit."""
 
-from mpl.data import ArraySource, DataContext, DatasetSource
+from mpl.data import ArraySource, DataContext, DatasetSource, FileSource
 from mpl.errors import CheckpointError, ClusterError, ConfigError, NonFiniteError
 from mpl.experiment import Experiment
 from mpl.launch.app import run
@@ -46,6 +46,7 @@ __all__ = [
     "EverySteps",
     "Experiment",
     "ExportSavedModel",
+    "FileSource",
     "LossOutput",
     "LossScaleOptimizer",
     "MasterWeights",

@@ -1,7 +1,6 @@
 """What a researcher subclasses: a model, an optimizer, data and a loss."""
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,8 +11,7 @@ import tensorflow as tf
 
 from mpl import data as data_lib
 from mpl import distribute, errors, inference
-from mpl.loop import evaluator as evaluator_lib
-from mpl.loop import trainer as trainer_lib
+from mpl import experiment_loops as loops
 from mpl.loop.inner_loop import converted
 from mpl.precision import loss_scale as loss_scale_lib
 from mpl.precision import policy as policy_lib
@@ -43,11 +41,14 @@ class Experiment:
       config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
       global_step: int64 variable, attempted steps.
       train_steps: length of the training in steps.
+      peers: the processes that train in step with this one; set before `setup`.
+      shard: which part of each global batch this worker trains on.
     """
 
     Config: Any = None
     policy_overrides: Mapping[str, str] = {}
     accumulates = False
+    peers = distribute.Peers()
 
     # What a researcher writes.
 
@@ -100,7 +101,8 @@ class Experiment:
 
     def build_weights(self, model: Any) -> master_weights_lib.MasterWeights:
         """Returns the master weights of a model, with groups where wanted."""
-        return master_weights_lib.MasterWeights(model, self.policy)
+        return master_weights_lib.MasterWeights(
+            model, self.policy, bucket_mb=self.config.bucket_mb)
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, iterator: Any) -> None:
@@ -145,7 +147,7 @@ class Experiment:
         forward: state_lib.Forward | None = None,
     ) -> None:
         """Adds a batch to the metrics of training (with `forward`) or evaluation."""
-        metrics = self._eval_metrics if forward is None else self._train_metrics
+        metrics = self.eval_metrics if forward is None else self.train_metrics
         metrics.update(output, forward)
 
     @contextlib.contextmanager
@@ -179,7 +181,11 @@ class Experiment:
           ConfigError: if the settings, the model or the data cannot work together.
         """
         self.config, self.strategy = config, strategy
+        peers = self.peers
+        self.shard = {"shard": peers.rank, "num_shards": peers.size}
         replicas = strategy.num_replicas_in_sync
+        if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+            distribute.check_server_settings(config, replicas)
         distribute.check_batch(
             config.global_batch_size, replicas, config.accumulate_steps
         )
@@ -191,21 +197,27 @@ class Experiment:
                 "Use mpl.accumulate in it, and set `accumulates = True` in the class.",
             )
         self._jit_compile = _use_xla(config.jit_compile, replicas)
-        self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
+        with strategy.scope():  # `auto` asks whether it is a TPU's
+            self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
         self._build_pipelines()
+        if peers.size > 1:  # before the first variable, which workers send each other
+            peers.agree({
+                f"{split} data, {name}": value
+                for split, pipeline in self.pipelines.items()
+                for name, value in data_lib.fingerprint(pipeline).items()})
         keras.utils.set_random_seed(config.seed)
         with strategy.scope():
             self.build()
             self.loss_scale = loss_scale_lib.get_loss_scale(
                 config.loss_scale, self.policy)
             self.optimizer = tf.nest.map_structure(self._wrap_optimizer, self.weights)
-            self._train_metrics = metrics_lib.Metrics(self.metrics())
-            self._eval_metrics = metrics_lib.Metrics(self.metrics())
+            self.train_metrics = metrics_lib.Metrics(self.metrics())
+            self.eval_metrics = metrics_lib.Metrics(self.metrics())
         # Outside the scope: the host counts steps, not the replicas.
         self.global_step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.trainer = _Trainer(self)
+        self.trainer = loops.ExperimentTrainer(self)
         self.evaluators = {
-            split: _Evaluator(self, split)
+            split: loops.ExperimentEvaluator(self, split)
             for split in SPLITS[1:] if split in self.pipelines
         }
 
@@ -270,13 +282,13 @@ class Experiment:
     def _wrap_optimizer(
         self, weights: master_weights_lib.MasterWeights
     ) -> optimizer_lib.LossScaleOptimizer:
+        gradients_lib.check_accumulation(weights.model, self.config.accumulate_steps)
         return optimizer_lib.LossScaleOptimizer(
-            self.build_optimizer(self.config),
-            self.loss_scale,
-            weights,
+            self.build_optimizer(self.config), self.loss_scale, weights,
             clip_norm=self.config.clip_norm,
             ema_decay=self.config.ema_decay,
             nominal_weight=self.config.global_batch_size,
+            reduce_dtype=self.config.reduce_dtype,
         )
 
     def checkpoint_objects(self) -> dict[str, Any]:
@@ -297,7 +309,7 @@ class Experiment:
 
     def train_report(self) -> dict[str, Any]:
         """Returns loss, metrics and the state of the optimizer since the last reset."""
-        report = self._train_metrics.result()
+        report = self.train_metrics.result()
         first = tf.nest.flatten(self.optimizer)[0]
         report["loss_scale"] = float(self.loss_scale.value)
         for name in ("applied_steps", "skipped_steps"):
@@ -308,7 +320,7 @@ class Experiment:
 
     def headline(self) -> str:
         """Returns the name of the metric that sums up the experiment."""
-        return next(iter(self._eval_metrics.metrics), "loss")
+        return next(iter(self.eval_metrics.metrics), "loss")
 
     def predictor(self) -> Callable[[Mapping[str, np.ndarray]], Any]:
         """Returns a function from a dict of `[n, ...]` to predictions `[n, ...]`.
@@ -329,99 +341,6 @@ class Experiment:
           The path.
         """
         return inference.export(self, path, weights_dtype)
-
-
-class _Trainer(trainer_lib.Trainer):
-    """Runs an experiment's `train_step`.
-
-    Attributes:
-      jit_trial: decides which steps are compiled; None: the settings do.
-    """
-
-    jit_trial: Any = None
-
-    def __init__(self, experiment: Experiment):
-        eager = experiment.config.debug_eager
-        super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
-        self._experiment, self._loop.one_graph = experiment, True
-        self._loop.waits = experiment.pipelines["train"].has_own_threads
-
-    def make_train_dataset(self) -> Any:
-        """Returns the training data from the position on."""
-        pipeline = self._experiment.pipelines["train"]
-        dataset = pipeline.dataset(int(self.position))
-        return distribute.distribute_dataset(dataset, self._experiment.strategy)
-
-    def train_loop_begin(self) -> None:
-        for weights in tf.nest.flatten(self._experiment.weights):
-            weights.adopt()
-
-    @tf.autograph.experimental.do_not_convert
-    def train_step(self, iterator: Any) -> None:
-        converted(self._experiment.train_step)(iterator)
-        # A step whose batch could not be read counts not.
-        with tf.control_dependencies([self.position.read_value()]):
-            self._experiment.global_step.assign_add(1)
-
-    def train(self, num_steps: Any = -1) -> Any:
-        if self.jit_trial is None or num_steps < 0:
-            return self._train_part(num_steps)
-        done = self.jit_trial.train(self._train_part, int(num_steps))
-        self._loop.done.assign(done)
-
-    def _train_part(self, num_steps: Any) -> Any:
-        try:
-            return super().train(num_steps)
-        finally:  # whatever ended the block, the model shows what was trained
-            for weights in tf.nest.flatten(self._experiment.weights):
-                weights.publish()
-
-    @tf.autograph.experimental.do_not_convert
-    def should_stop(self) -> tf.Tensor:
-        limit = self._experiment.config.max_consecutive_skips
-        optimizers = tf.nest.flatten(self._experiment.optimizer)
-        flags = [each.consecutive_skips >= limit for each in optimizers]
-        return functools.reduce(tf.logical_or, flags)
-
-    def nonfinite_error(self) -> errors.NonFiniteError:
-        optimizers = tf.nest.flatten(self._experiment.optimizer)
-        reports = [optimizer.nonfinite_report() for optimizer in optimizers]
-        return errors.NonFiniteError(
-            f"At step {int(self._experiment.global_step)}: "
-            f"{next(filter(None, reports), 'too many steps were skipped')}.",
-            "Lower the learning rate, clip the gradient (--clip_norm=1), or train in "
-            "--policy=mixed_bfloat16 or float32.",
-        )
-
-    def report(self) -> dict[str, Any]:
-        return self._experiment.train_report()
-
-    def reset_metrics(self) -> None:
-        self._experiment._train_metrics.reset()
-
-
-class _Evaluator(evaluator_lib.Evaluator):
-    """Runs an experiment's `eval_step` over one split."""
-
-    def __init__(self, experiment: Experiment, split: str):
-        eager = experiment.config.debug_eager
-        options = evaluator_lib.EvaluatorOptions(use_tf_function=not eager)
-        pipeline = experiment.pipelines[split]
-        super().__init__(
-            distribute.distribute_dataset(pipeline.dataset(), experiment.strategy),
-            options,
-        )
-        self._experiment = experiment
-
-    def eval_begin(self) -> None:
-        self._experiment._eval_metrics.reset()
-
-    @tf.autograph.experimental.do_not_convert
-    def eval_step(self, iterator: Any) -> None:
-        converted(self._experiment.eval_step)(iterator)
-
-    def eval_end(self, state: Any = None) -> dict[str, tf.Tensor]:
-        return self._experiment._eval_metrics.result()
 
 
 def _use_xla(jit_compile: bool | str, replicas: int) -> bool:

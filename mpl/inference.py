@@ -23,7 +23,7 @@ def predictor(experiment: Any) -> Callable[[Mapping[str, np.ndarray]], Any]:
     than a global batch is filled up to 1, 4, 16 ... examples a replica.
     """
     strategy, most = experiment.strategy, experiment.config.global_batch_size
-    replicas = strategy.num_replicas_in_sync
+    replicas = strategy.num_replicas_in_sync // experiment.shard["num_shards"]
     deal = strategy.experimental_distribute_values_from_function
 
     @tf.function

@@ -287,11 +287,15 @@ class Mpl(System):
             global_batch_size=self.work.batch_size, train_steps=10**9, seed=SEED,
             jit_compile="auto" if self.jit_compile is None else self.jit_compile,
         )
-        device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
         self.experiment = Benchmark()
-        self.experiment.setup(config, tf.distribute.OneDeviceStrategy(device))
+        self.set_up(config)
         self.model = self.experiment.model
         self._update: Any = None
+
+    def set_up(self, config: Any) -> None:
+        """Sets the experiment up on one device."""
+        device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+        self.experiment.setup(config, tf.distribute.OneDeviceStrategy(device))
 
     def in_order(self) -> works.Arrays:
         """Returns the arrays so that mpl's first epoch has the others' order."""

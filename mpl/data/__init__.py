@@ -1,17 +1,20 @@
-"""Enters: examples, as a dict of arrays or a `tf.data.Dataset`.
-Leaves: global batches in an order that is a function of (seed, epoch, position).
+"""Enters: examples, as a dict of arrays, files or a `tf.data.Dataset`.
+Leaves: batches, or a worker's part of each, in an order of (seed, epoch, position).
 Next: `mpl.precision` says in which dtypes they are computed with.
 """
 
-from mpl.data.pipeline import DataContext, Pipeline, weighted
+from mpl.data.file_source import FileSource
+from mpl.data.pipeline import DataContext, Pipeline, fingerprint, weighted
 from mpl.data.source import ArraySource, DatasetSource, Source, as_source
 
 __all__ = [
     "ArraySource",
     "DataContext",
     "DatasetSource",
+    "FileSource",
     "Pipeline",
     "Source",
     "as_source",
+    "fingerprint",
     "weighted",
 ]

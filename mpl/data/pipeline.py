@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+import zlib
 
 import tensorflow as tf
 from absl import logging
 
-from mpl.data.source import ArraySource, Batch, Source
+from mpl.data.file_source import FileSource
+from mpl.data.source import ArraySource, Batch, DatasetSource, Source
 from mpl.errors import ConfigError
 
 # Small batches are made many at a time: what it costs to start a few operations and
@@ -45,7 +47,8 @@ class Pipeline:
 
     so that every example comes once an epoch, the last batch of an epoch is filled up
     with repeated records of weight 0, and arrays need no reading to get to a position.
-    How many replicas share a batch does not enter.
+    How many replicas and workers share a batch does not enter. Files have a documented
+    order of their own: see `FileSource`.
 
     Args:
         source: where the examples come from.
@@ -77,7 +80,7 @@ class Pipeline:
             raise ConfigError(
                 f"`seed` ({seed}) must lie in 0 ... {2**31 - 1}.", "Use a seed like 0."
             )
-        self._source = source
+        self.source = source
         self._batch_size = global_batch_size
         self._seed = seed
         self._shuffle = shuffle
@@ -85,7 +88,7 @@ class Pipeline:
         self.num_examples = count = source.num_examples
         size = global_batch_size
         self.batches_per_epoch = None if count is None else -(-count // size)
-        if shuffle and not isinstance(source, ArraySource):
+        if shuffle and isinstance(source, DatasetSource):
             logging.warning(
                 "`shuffle` is left to the tf.data.Dataset: its examples come in its "
                 "own order in each epoch. Shuffle them there, with a fixed seed, or "
@@ -99,24 +102,62 @@ class Pipeline:
         A loop that waits for a batch where it stands holds one of the threads that
         TensorFlow runs functions on; a user's function might need that thread.
         """
-        source = self._source
+        source = self.source
         return isinstance(source, ArraySource) and source.transform is None
 
-    def dataset(self, position: int = 0) -> tf.data.Dataset:
-        """The batches from `position` on.
+    def dataset(
+        self, position: int = 0, *, shard: int = 0, num_shards: int = 1
+    ) -> tf.data.Dataset:
+        """The batches from `position` on, or a worker's part of each.
+
+        Of arrays a worker reads its own examples only, unless they have a `transform`;
+        of files its own files, where they are dealt to a multiple of `num_shards`
+        streams; else it reads all and keeps its part.
 
         Args:
             position: global batches consumed since the start of training.
+            shard: which part, 0 ... `num_shards` - 1: the rows from
+                `shard * global_batch_size / num_shards` on.
+            num_shards: in how many parts a batch is cut.
 
         Returns:
-            A dataset of dicts: the example's tensors, `[global_batch_size, ...]`, and
-            `weight`, float32 `[global_batch_size]`: the example's own weight or 1, and
-            0 for a record that only fills up the batch.
+            A dataset of dicts: the example's tensors, `[rows, ...]`, where `rows` is
+            `global_batch_size / num_shards`, and `weight`, float32 `[rows]`: the
+            example's own weight or 1, and 0 for a record that only fills up the batch.
+
+        Raises:
+            ConfigError: parts that are not equal, or data of unknown length that are
+                to be read once by several workers.
         """
-        if isinstance(self._source, ArraySource):
-            batches = self._indexed(self._source, position)
+        source, size = self.source, self._batch_size
+        rows = size // num_shards
+        if size % num_shards:
+            raise ConfigError(
+                f"`global_batch_size` ({size}) must be divisible by {num_shards} "
+                "workers.",
+                f"Use a multiple, such as {(rows + 1) * num_shards}.",
+            )
+        if num_shards > 1 and not self._repeat and self.num_examples is None:
+            raise ConfigError(
+                "Several workers cannot agree on the end of a tf.data.Dataset whose "
+                "length is not known.",
+                "Give `num_examples` of the DatasetSource.",
+            )
+        reads_part = isinstance(source, ArraySource) and source.transform is None
+        if isinstance(source, FileSource):
+            reads_part = source.num_streams(size) % num_shards == 0
+        read = (shard, num_shards) if reads_part else (0, 1)
+        if isinstance(source, ArraySource):
+            batches = self._indexed(source, position, *read)
+        elif isinstance(source, FileSource):
+            batches = self._streamed(source, position, *read)
         else:
-            batches = self._in_order(self._source.dataset, position)
+            assert isinstance(source, DatasetSource)
+            batches = self._in_order(source.dataset, position)
+        if num_shards > 1 and not reads_part:
+            own = slice(shard * rows, (shard + 1) * rows)
+            batches = batches.map(lambda batch: {n: t[own] for n, t in batch.items()})
+            batches = batches.prefetch(tf.data.AUTOTUNE)
         options = tf.data.Options()
         options.deterministic = True
         # Here it is known what to prefetch.
@@ -129,12 +170,15 @@ class Pipeline:
         )
         return batches.with_options(options)
 
-    def _indexed(self, source: ArraySource, position: int) -> tf.data.Dataset:
+    def _indexed(
+        self, source: ArraySource, position: int, shard: int, num_shards: int
+    ) -> tf.data.Dataset:
         """The batches, read in `chunks` of at most `chunk` in each epoch."""
         assert self.batches_per_epoch is not None
         num_examples = tf.constant(source.num_examples, tf.int64)
         batches_per_epoch, size = self.batches_per_epoch, self._batch_size
-        chunk = min(_CHUNK_BYTES // (size * source.example_bytes + 1), _CHUNK_BATCHES)
+        rows = size // num_shards
+        chunk = min(_CHUNK_BYTES // (rows * source.example_bytes + 1), _CHUNK_BATCHES)
         chunks = -(-batches_per_epoch // max(1, chunk))
         chunk = -(-batches_per_epoch // chunks)
 
@@ -142,6 +186,9 @@ class Pipeline:
             epoch, first = number // chunks, number % chunks * chunk
             last = tf.minimum(first + chunk, batches_per_epoch)
             index = tf.range(first * size, last * size)
+            if num_shards > 1:
+                index = tf.reshape(index, [-1, num_shards, rows])[:, shard]
+                index = tf.reshape(index, [-1])
             record = index % num_examples
             if self._shuffle:
                 shuffle, key = tf.random.experimental.index_shuffle, self._key(epoch)
@@ -160,7 +207,7 @@ class Pipeline:
         stop = tf.int64.max if self._repeat else chunks
         batches = tf.data.Dataset.range(epoch * chunks + number // chunk, stop)
         batches = batches.map(load, num_parallel_calls=tf.data.AUTOTUNE)
-        batches = batches.rebatch(size, drop_remainder=True).skip(number % chunk)
+        batches = batches.rebatch(rows, drop_remainder=True).skip(number % chunk)
         if source.transform is not None:
             batches = batches.enumerate(position)
             batches = batches.map(transform, num_parallel_calls=tf.data.AUTOTUNE)
@@ -170,6 +217,30 @@ class Pipeline:
 
     def _key(self, epoch: tf.Tensor) -> tf.Tensor:
         return _fold_in(tf.constant([0, self._seed]), epoch)
+
+    def _streamed(
+        self, source: FileSource, position: int, shard: int, num_shards: int
+    ) -> tf.data.Dataset:
+        """The batches, of `rows` examples of each stream."""
+        assert self.batches_per_epoch is not None
+        streams, length = source.num_streams(self._batch_size), self.batches_per_epoch
+        own, rows = streams // num_shards, self._batch_size // streams
+        first, batch = divmod(position, length)
+        epochs = tf.data.Dataset.range(first, tf.int64.max if self._repeat else 1)
+
+        def stream(number: tf.Tensor) -> tf.data.Dataset:
+            def epoch_of(epoch: tf.Tensor) -> tf.data.Dataset:
+                key = self._key(epoch) if self._shuffle else None
+                skip = tf.cast(epoch == first, tf.int64) * batch * rows
+                return source.stream(number, streams, length * rows, skip, key)
+
+            return epochs.flat_map(epoch_of)
+
+        records = tf.data.Dataset.range(shard * own, (shard + 1) * own).interleave(
+            stream, own, rows, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = records.batch(own * rows, drop_remainder=True)
+        batches = batches.map(lambda _, record: weighted(*record))
+        return batches.prefetch(tf.data.AUTOTUNE)
 
     def _in_order(self, examples: tf.data.Dataset, position: int) -> tf.data.Dataset:
         def fill_up(examples: Batch) -> Batch:
@@ -185,6 +256,27 @@ class Pipeline:
                 position %= self.batches_per_epoch
             batches = batches.repeat()
         return batches.skip(position).prefetch(tf.data.AUTOTUNE)
+
+
+def fingerprint(pipeline: Pipeline) -> dict[str, str]:
+    """Returns what workers must agree on before they train on the same data.
+
+    It costs the first global batch: every worker makes all of it. Data that come in
+    another order at each reading, as of a shuffle without a seed, differ here.
+    """
+    dataset, source, crc = pipeline.dataset(), pipeline.source, 0
+    for _, tensor in sorted(next(iter(dataset)).items()):
+        crc = zlib.crc32(tf.io.serialize_tensor(tensor).numpy(), crc)
+    facts = {
+        "num_examples": str(pipeline.num_examples),
+        "elements": str(dataset.element_spec),
+        "first_batch_crc32": f"{crc:08x}",
+    }
+    if isinstance(source, FileSource):
+        names = [os.path.basename(path) for path in source.files]  # folders may differ
+        files = f"{names} {source.examples_per_file}"
+        facts["files_crc32"] = f"{zlib.crc32(files.encode()):08x}"
+    return facts
 
 
 def weighted(examples: Batch, real: tf.Tensor) -> Batch:

@@ -13,7 +13,13 @@ Batch = dict[str, tf.Tensor]
 Transform = Callable[[Batch, tf.Tensor], Batch]
 
 
-class ArraySource:
+class Source:
+    """Where examples come from: how many there are, None where that is not known."""
+
+    num_examples: int | None
+
+
+class ArraySource(Source):
     """Examples in memory, reached by their index.
 
     Args:
@@ -21,7 +27,9 @@ class ArraySource:
             float `[num_examples]` ≥ 0: how much the example counts.
         transform: changes a batch, for augmentation: `transform(batch, seed)`, a pure
             function of tensors `[batch, ...]` and an int32 `[2]` seed for `tf.image`'s
-            and `tf.random`'s stateless functions, different for each batch.
+            and `tf.random`'s stateless functions, different for each batch. The batch
+            is the global one, so that workers' examples are those of one worker: each
+            worker changes the whole batch and keeps its part.
 
     Raises:
         ConfigError: no examples, lengths that differ, objects other than strings, a
@@ -32,7 +40,7 @@ class ArraySource:
         self, arrays: Mapping[str, np.ndarray], transform: Transform | None = None
     ):
         numpy_arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        self.num_examples = _check(numpy_arrays)
+        self.num_examples: int = _check(numpy_arrays)
         num_bytes = sum(
             sum(map(len, array.flat)) if array.dtype.kind == "O" else array.nbytes
             for array in numpy_arrays.values())
@@ -46,7 +54,7 @@ class ArraySource:
         return {name: tf.gather(array, index) for name, array in self._arrays.items()}
 
 
-class DatasetSource:
+class DatasetSource(Source):
     """Examples from a `tf.data.Dataset`, in the dataset's own order in every epoch.
 
     Position is found by reading and dropping what comes before it. A dataset that
@@ -55,7 +63,7 @@ class DatasetSource:
     Args:
         dataset: elements are dicts of dense tensors, one example each, not batched.
         num_examples: its length, where the dataset does not know it itself; another
-            length is an error when it is read.
+            length is an error when it is read. Several workers need it to evaluate.
 
     Raises:
         ConfigError: elements that are not dicts of dense tensors, an endless or empty
@@ -63,21 +71,10 @@ class DatasetSource:
     """
 
     def __init__(self, dataset: tf.data.Dataset, num_examples: int | None = None):
-        spec = dataset.element_spec
-        parts = spec.values() if isinstance(spec, dict) else []
-        if not parts or not all(isinstance(part, tf.TensorSpec) for part in parts):
-            raise ConfigError(
-                f"A dataset's elements must be dicts of dense tensors, not {spec}.",
-                "Give each example as {name: tensor}, not batched.",
-            )
+        check_elements(dataset)
         cardinality = int(dataset.cardinality())
-        if cardinality == tf.data.INFINITE_CARDINALITY:
-            raise ConfigError(
-                "A dataset that never ends has no epochs.",
-                "Leave out `.repeat()`: mpl repeats the training data itself.",
-            )
         if cardinality == 0 or num_examples == 0:
-            raise ConfigError(*_EMPTY)
+            raise ConfigError(*EMPTY)
         if num_examples is not None:
             check = tf.data.experimental.assert_cardinality(num_examples)
             dataset = dataset.apply(check)
@@ -87,8 +84,27 @@ class DatasetSource:
         self.num_examples = num_examples
 
 
-Source = ArraySource | DatasetSource
-_EMPTY = ("The data has no examples.", "Look at the split and the data folder.")
+EMPTY = ("The data has no examples.", "Look at the split and the data folder.")
+
+
+def check_elements(dataset: tf.data.Dataset) -> None:
+    """Checks that a dataset holds examples and ends.
+
+    Raises:
+        ConfigError: elements that are not dicts of dense tensors, an endless dataset.
+    """
+    spec = dataset.element_spec
+    parts = spec.values() if isinstance(spec, dict) else []
+    if not parts or not all(isinstance(part, tf.TensorSpec) for part in parts):
+        raise ConfigError(
+            f"A dataset's elements must be dicts of dense tensors, not {spec}.",
+            "Give each example as {name: tensor}, not batched.",
+        )
+    if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        raise ConfigError(
+            "A dataset that never ends has no epochs.",
+            "Leave out `.repeat()`: mpl repeats the training data itself.",
+        )
 
 
 def as_source(data: Any) -> Source:
@@ -120,7 +136,7 @@ def _check(arrays: Mapping[str, np.ndarray]) -> int:
         )
     num_examples = next(iter(lengths.values()), 0)
     if not num_examples:
-        raise ConfigError(*_EMPTY)
+        raise ConfigError(*EMPTY)
     for name, array in arrays.items():
         dtype = _dtype(name, array)
         if dtype.is_floating or dtype.is_complex:

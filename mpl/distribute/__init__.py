@@ -1,8 +1,35 @@
-"""Enters: the name of a strategy and a number of devices.
-Leaves: a `tf.distribute.Strategy`, and global batches dealt to its replicas.
+"""Enters: the name of a strategy, a number of devices, and what the environment tells.
+Leaves: a `tf.distribute.Strategy`, global batches dealt to its replicas, and the peers.
 Next: `mpl.data` makes those global batches.
 """
 
-from mpl.distribute.strategy import check_batch, distribute_dataset, get_strategy
+from mpl.distribute.cluster import Cluster, find_cluster
+from mpl.distribute.devices import configure, report
+from mpl.distribute.parameter_server import check_server_settings, coordinating, serve
+from mpl.distribute.peers import Peers, joined
+from mpl.distribute.strategy import (
+    check_batch,
+    choose,
+    choose_name,
+    distribute_dataset,
+    get_strategy,
+    reason,
+)
 
-__all__ = ["check_batch", "distribute_dataset", "get_strategy"]
+__all__ = [
+    "Cluster",
+    "Peers",
+    "check_batch",
+    "check_server_settings",
+    "choose",
+    "choose_name",
+    "configure",
+    "coordinating",
+    "distribute_dataset",
+    "find_cluster",
+    "get_strategy",
+    "joined",
+    "reason",
+    "report",
+    "serve",
+]

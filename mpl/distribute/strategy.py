@@ -1,42 +1,65 @@
 """Which devices take part in a step."""
 
+import faulthandler
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
+from mpl.distribute import tpu as tpu_lib
+from mpl.distribute.cluster import Cluster
 from mpl.errors import ConfigError
 
-NAMES = ("auto", "one_device", "mirrored")
-_LATER = ("multi_worker_mirrored", "parameter_server", "tpu")
+NAMES = (
+    "auto", "one_device", "mirrored", "multi_worker_mirrored", "parameter_server", "tpu"
+)  # fmt: skip
+_START_A_CLUSTER = (
+    "Set TF_CONFIG, run under Slurm, or start one on this machine: python -m "
+    "mpl.launch.local --workers=2 -- <command>; --strategy=auto takes what is there."
+)
 
 
 def get_strategy(
-    name: str = "auto", num_devices: int | None = None
+    name: str = "auto",
+    num_devices: int | None = None,
+    *,
+    cluster: Cluster | None = None,
+    tpu: str | None = None,
+    communication: str = "auto",
+    timeout_secs: float = 300.0,
 ) -> tf.distribute.Strategy:
     """Makes the strategy; nothing may have used TensorFlow's devices before.
 
     Args:
-        name: `one_device`; `mirrored`: a replica on each device; `auto`: mirrored with
-            several GPUs or `num_devices` > 1, else one device.
-        num_devices: how many replicas; None: one for each GPU, 1 where there is none.
-            Without a GPU they are logical devices of the CPU, to try things out.
+        name: `one_device`; `mirrored`: a replica on each device; `auto`, and others:
+            see `choose_name`.
+        num_devices: how many replicas in this process; None: one for each GPU, 1 where
+            there is none. Without a GPU they are logical devices of the CPU, to try
+            things out.
+        cluster: the processes that train together.
+        tpu: name or address of a TPU.
+        communication: `auto`, `nccl` or `ring`.
+        timeout_secs: how long to wait for a TPU.
 
     Raises:
         ConfigError: an unknown name, a number that does not go with it, fewer devices
             than asked for.
+        ClusterError: the TPU cannot be reached.
     """
-    # Physical devices: listing logical ones would fix the number of logical CPUs.
-    num_gpus = len(tf.config.get_visible_devices("GPU"))
-    if num_gpus:
-        num_gpus = len(tf.config.list_logical_devices("GPU"))
-    name, devices = choose_devices(name, num_devices, num_gpus)
-    if not num_gpus:
+    name, devices = choose(
+        name, num_devices, cluster=cluster, tpu=tpu, communication=communication)
+    if name == "tpu":
+        return tpu_lib.connect(tpu, timeout_secs)
+    if name == "parameter_server":
+        assert cluster
+        return tf.distribute.ParameterServerStrategy(cluster.resolver)
+    if name == "multi_worker_mirrored":
+        return _multi_worker(cluster, devices, communication, timeout_secs)
+    if "CPU" in devices[0]:
         _ensure_logical_cpus(len(devices))
-    logging.info("Strategy %s on %s.", name, ", ".join(devices))
     if name == "one_device":
         return tf.distribute.OneDeviceStrategy(devices[0])
-    if "GPU" in devices[0]:
+    if "GPU" in devices[0]:  # by TensorFlow's collectives, which are NCCL's
         return tf.distribute.MirroredStrategy(devices)
     # TensorFlow's own choice on CPUs, collectives, keeps one group size for the life of
     # a process: a second strategy of another size would fail.
@@ -45,16 +68,120 @@ def get_strategy(
     )
 
 
+def choose(
+    name: str, num_devices: int | None, *, cluster: Cluster | None, tpu: str | None,
+    communication: str,
+) -> tuple[str, list[str]]:
+    """The rule of `get_strategy`: the name without `auto`, and this process's devices.
+
+    Raises:
+        ConfigError: settings that do not go together or with what is there.
+    """
+    name = choose_name(name, cluster, tpu)
+    num_gpus = len(tf.config.get_visible_devices("GPU"))
+    if num_gpus and name in ("auto", "one_device", "mirrored"):
+        # Physical devices above: listing logical ones fixes the number of CPUs.
+        num_gpus = len(tf.config.list_logical_devices("GPU"))
+    devices: list[str] = []
+    if name == "tpu":
+        if num_devices is not None:
+            cause = f"`num_devices` ({num_devices}) does not go with a TPU."
+            raise ConfigError(cause, "Leave it out: all of its cores take part.")
+    elif name == "multi_worker_mirrored":
+        if not num_gpus and (num_devices or 1) > 1:
+            raise ConfigError(
+                f"`num_devices` ({num_devices}) must be 1: without GPUs each process "
+                "of a cluster has one device.",
+                "Leave it out, or start more processes.",
+            )
+        _, devices = choose_devices("mirrored", num_devices, num_gpus)
+    elif name != "parameter_server":
+        name, devices = choose_devices(name, num_devices, num_gpus)
+    between_gpus = name in ("mirrored", "multi_worker_mirrored") and num_gpus
+    if communication == "ring" and name != "multi_worker_mirrored" or (
+            communication == "nccl" and not between_gpus):
+        raise ConfigError(
+            f"`communication` ({communication}) does not go with `strategy` {name}"
+            f"{'' if num_gpus else ' on CPUs'}.",
+            "Use --communication=auto; ring is for several processes, nccl for GPUs.",
+        )
+    return name, devices
+
+
+def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
+    """Returns the name of the strategy, `auto` where this machine's devices decide.
+
+    Raises:
+        ConfigError: the name is unknown, or does not go with the cluster or the TPU.
+    """
+    if name not in NAMES:
+        raise ConfigError(
+            f"`strategy` ({name}) is unknown.", f"Use one of {', '.join(NAMES)}."
+        )
+    if tpu is not None and cluster is not None:
+        raise ConfigError(
+            f"`tpu` ({tpu}) does not go with the cluster that this process is one of.",
+            "Start one process without TF_CONFIG: it uses all hosts of the TPU.",
+        )
+    if tpu is not None or name == "tpu":
+        if name not in ("auto", "tpu") or tpu is None:
+            raise ConfigError(
+                f"`strategy` ({name}) and `tpu` ({tpu}) do not go together.",
+                "Use --strategy=tpu with --tpu=<name or address>, or --tpu=local.",
+            )
+        return "tpu"
+    if cluster is None:
+        if name in ("multi_worker_mirrored", "parameter_server"):
+            cause = f"`strategy` ({name}) needs a cluster, and none is described."
+            raise ConfigError(cause, _START_A_CLUSTER)
+        return name
+    fits = "parameter_server" if cluster.has_servers else "multi_worker_mirrored"
+    if name not in ("auto", fits):
+        raise ConfigError(
+            f"`strategy` ({name}) does not go with the cluster that this process is "
+            f"one of, which is made for {fits}.",
+            f"Use --strategy={fits}, or start the process without a cluster.",
+        )
+    return fits
+
+
+def reason(name: str, num_devices: int | None, cluster: Cluster | None) -> str:
+    """Returns why `get_strategy` chose what it did, in a few words."""
+    if name != "auto":
+        return f"--strategy={name}"
+    if cluster is not None:
+        return f"a cluster of {sum(map(len, cluster.jobs.values()))} processes"
+    if num_devices is not None:
+        return f"--num_devices={num_devices}"
+    count = len(tf.config.get_visible_devices("GPU"))
+    return f"GPUs found: {count}" if count else "no GPU was found"
+
+
+def _multi_worker(
+    cluster: Cluster | None, devices: list[str], communication: str, timeout_secs: float
+) -> tf.distribute.Strategy:
+    assert cluster
+    gpus = tf.config.get_visible_devices("GPU")
+    if gpus[len(devices):]:
+        tf.config.set_visible_devices(gpus[: len(devices)], "GPU")
+    kind = tf.distribute.experimental.CommunicationImplementation[communication.upper()]
+    options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
+    others = [cluster.name(rank) for rank in range(len(cluster.addresses))
+              if rank != cluster.rank]
+    logging.info("Waiting up to %g s for %s.", timeout_secs, ", ".join(others))
+    # TensorFlow waits there for all, with Python's lock: no thread of Python's could
+    # end it if one of them died on the way.
+    faulthandler.dump_traceback_later(timeout_secs, exit=True, file=2)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def choose_devices(
     name: str, num_devices: int | None, num_gpus: int
 ) -> tuple[str, list[str]]:
-    """The rule of `get_strategy`: the name without `auto`, and the devices' names."""
-    if name not in NAMES:
-        raise ConfigError(
-            f"`strategy` ({name}) "
-            + ("is not part of this version." if name in _LATER else "is unknown."),
-            f"Use one of {', '.join(NAMES)}.",
-        )
+    """The rule on one machine: the name without `auto`, and the devices' names."""
     if num_devices is not None and num_devices < 1:
         raise ConfigError(
             f"`num_devices` ({num_devices}) must be 1 or more.",
@@ -69,7 +196,7 @@ def choose_devices(
         raise ConfigError(
             f"`num_devices` ({num_devices}) is more than the {num_gpus} GPUs that "
             "TensorFlow sees.",
-            f"Use at most {num_gpus}; CUDA_VISIBLE_DEVICES=-1 uses the CPU instead.",
+            f"Use at most {num_gpus}; --visible_devices=cpu uses the CPU instead.",
         )
     count = 1 if name == "one_device" else num_devices or num_gpus or 1
     if name == "auto":
@@ -105,7 +232,8 @@ def distribute_dataset(
     """Deals global batches to the replicas, slice by slice, in the dataset's order.
 
     Args:
-        dataset: batches of a static size that `check_batch` accepts.
+        dataset: batches of a static size that `check_batch` accepts; with several
+            workers, this one's part of them.
         strategy: what runs the steps.
 
     Returns:
@@ -115,6 +243,12 @@ def distribute_dataset(
     devices = strategy.extended.worker_devices
     if len(devices) == 1 and "CPU" in devices[0].upper():
         return dataset
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        size = next(iter(tf.nest.flatten(dataset.element_spec))).shape[0]
+        mine = dataset.rebatch(size // len(devices))
+        return strategy.distribute_datasets_from_function(lambda _: mine)
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        return dataset  # for the chief itself, or for a loop that deals it to workers
     return strategy.experimental_distribute_dataset(dataset)
 
 

@@ -1,6 +1,7 @@
 """From an experiment class to a finished run: what ends every binary."""
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from absl import logging
 from mpl import distribute, errors
 from mpl.errors import ConfigError
 from mpl.experiment import Experiment
-from mpl.launch import flags, workdir
+from mpl.launch import flags, identity, workdir
 from mpl.launch.config import TRAINING_MODES, RunConfig, merged, parse_early_stop
 from mpl.launch.session import Results, Session, intervals, metric_names, python
 
@@ -126,34 +127,96 @@ def execute(
         given: values that the user gives; they win.
         start: command that starts the program, for hints; None: in a notebook.
     """
-    experiment, config_class = experiment_class(), experiment_class.Config or RunConfig
+    config = merged(experiment_class.Config or RunConfig, defaults, given)
+    cluster = distribute.find_cluster()
+    if config.device_report:  # of this process
+        distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+        alone = dataclasses.replace(config, strategy="auto") if cluster else config
+        _strategy(alone, None)
+        return {}
+    timeout = config.cluster_timeout
+    servers = cluster if cluster and cluster.has_servers else None
+    if servers and servers.job != "chief":
+        distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+        distribute.serve(servers, timeout)
+        return {}
+    with (
+        distribute.coordinating(servers, timeout),
+        distribute.joined(None if servers else cluster, timeout) as peers,
+    ):
+        experiment = experiment_class()
+        experiment.peers = peers
+        return _execute(experiment, defaults, given, cluster, start)
+
+
+def _execute(
+    experiment: Experiment,
+    defaults: Mapping[str, Any],
+    given: Mapping[str, Any],
+    cluster: distribute.Cluster | None,
+    start: str | None,
+) -> Results:
+    config_class = experiment.Config or RunConfig
     config = merged(config_class, defaults, given)
     record, facts = None, {}
     path = workdir.find_run(config, experiment.name)
     if path is not None:
         record, facts = workdir.read_flagfile(path), workdir.read_facts(path)
         config = workdir.go_on(config_class, record, defaults, given)
-    check_before(experiment, config, path)
+    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+    check_before(experiment, config, path, cluster)
+    peers = experiment.peers
+    if peers.size > 1:
+        peers.agree(identity.identity_of(type(experiment), config, record))
     with _eagerly(config.debug_eager):
-        strategy = distribute.get_strategy(config.strategy, config.num_devices)
+        strategy = _strategy(config, cluster)
         keras.utils.set_random_seed(config.seed)
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
         experiment.setup(config, strategy)
         check_after(experiment, config, facts)
-        trains = config.mode in TRAINING_MODES
+        trains = config.mode in TRAINING_MODES and peers.is_chief
         path = path or workdir.create(config.workdir, experiment.name)
         with workdir.lock(path) if trains else contextlib.nullcontext():
             return Session(experiment, path, start, record).go()
 
 
-def check_before(experiment: Experiment, config: RunConfig, path: str | None) -> None:
+def _strategy(
+    config: RunConfig, cluster: distribute.Cluster | None
+) -> tf.distribute.Strategy:
+    """Makes the strategy, and says what devices there are."""
+    strategy = distribute.get_strategy(
+        config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
+        communication=config.communication, timeout_secs=config.cluster_timeout)
+    why = distribute.reason(config.strategy, config.num_devices, cluster)
+    print(distribute.report(strategy, why), flush=True)
+    return strategy
+
+
+def check_before(
+    experiment: Experiment, config: RunConfig, path: str | None,
+    cluster: distribute.Cluster | None = None,
+) -> None:
     """Checks what needs no model and would fail late.
 
     Raises:
-        ConfigError: the workdir takes no files, `data_dir` is missing, or the
-            experiment cannot predict and is asked to.
+        ConfigError: the workdir takes no files, `data_dir` is missing, the experiment
+            cannot predict and is asked to, a cluster lacks a `workdir`, or the strategy
+            does not go with what is there.
     """
+    distribute.choose(
+        config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
+        communication=config.communication)
+    if cluster is not None and config.workdir is None:
+        raise ConfigError(
+            "`workdir` is not set, and all processes of a cluster must know it.",
+            "Give all of them the same folder: --workdir=<shared folder>.",
+        )
+    if cluster is not None and config.mode == "continuous_eval":
+        raise ConfigError(
+            "`mode` (continuous_eval) is for one process beside the cluster.",
+            "Run it without TF_CONFIG, with the cluster's --workdir.",
+        )
     predict = type(experiment).predict
     if config.mode in TRAINING_MODES:
         place = os.path.join(workdir.RUNS, experiment.name)

@@ -48,6 +48,14 @@ class RunConfig:
         loss_scale: factor of the loss that keeps 16-bit gradients from underflow.
         strategy: how the work is spread over devices.
         num_devices: number of devices used.
+        visible_devices: which GPUs, by number.
+        gpu_memory_limit_mb: most memory to take of each GPU.
+        device_report: print what devices were found, and end.
+        tpu: name or address of a TPU.
+        cluster_timeout: seconds to wait for all processes of a cluster.
+        communication: how gradients travel between devices.
+        reduce_dtype: dtype in which gradients are summed over replicas.
+        bucket_mb: largest bucket of packed variables, reduced as one.
         global_batch_size: examples in a step, over all devices and micro-batches.
         train_steps: length of the training, in steps.
         train_epochs: length of the training, in passes over the training data.
@@ -94,10 +102,33 @@ class RunConfig:
         "auto", "Loss scale; auto: dynamic for float16, else none.",
         choices=("auto", "none", "dynamic"), above=0)
     strategy: str = _setting(
-        "auto", "How to use the devices; auto: all GPUs of the machine, else one "
-        "device. The last three arrive later.", choices=STRATEGIES)
+        "auto", "How to use the devices. auto: a TPU if --tpu names one; what the "
+        "cluster is made for, if TF_CONFIG, Slurm or Kubernetes describe one; all GPUs "
+        "of the machine; else one device.", choices=STRATEGIES)
     num_devices: int | None = _setting(
-        None, "Number of devices. none: what --strategy says.", minimum=1)
+        None, "Number of devices, of each process. none: what --strategy says.",
+        minimum=1)
+    visible_devices: str | None = _setting(
+        None, "GPUs to use, by number, as 0,2; cpu: none of them. none: all.")
+    gpu_memory_limit_mb: int | None = _setting(
+        None, "Most memory to take of each GPU, in MB. none: as needed.", minimum=1)
+    device_report: bool = _setting(
+        False, "Print what devices were found, what was chosen and why, and end.")
+    tpu: str | None = _setting(
+        None, "Name or address of a TPU; local: the one of this machine. none: none.")
+    cluster_timeout: int = _setting(
+        300, "Seconds to wait until all processes of a cluster, or a TPU, are there.",
+        minimum=1)
+    communication: str = _setting(
+        "auto", "How gradients are summed over devices; auto: nccl between GPUs.",
+        choices=("auto", "nccl", "ring"))
+    reduce_dtype: str = option(
+        "float32", "Dtype in which gradients are summed over devices; compute: that of "
+        "the computation, half as much to send in 16 bits.",
+        choices=("float32", "compute"))
+    bucket_mb: int = _setting(
+        32, "Largest bucket of packed variables, in MB: gradients of a bucket are "
+        "summed over devices as one.", minimum=1)
     global_batch_size: int = option(
         64, "Examples in a step, over all devices and micro-batches.", minimum=1)
     train_steps: int | None = option(

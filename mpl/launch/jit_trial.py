@@ -137,6 +137,9 @@ def trial_of(experiment: Experiment, path: str) -> JitTrial | None:
         return None
     obstacles = {
         f"{replicas} replicas": replicas > 1, "its own `train_step`": own_step,
+        "parameter servers": isinstance(
+            experiment.strategy, tf.distribute.ParameterServerStrategy),
+        "a TPU": isinstance(experiment.strategy, tf.distribute.TPUStrategy),
         "--debug_eager": config.debug_eager, "--deterministic": config.deterministic,
     }  # fmt: skip
     if found := [what for what, is_there in obstacles.items() if is_there]:

@@ -1,11 +1,10 @@
 """One run of an experiment that is set up: training, evaluation, export, prediction."""
 
 import dataclasses
-import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import tensorflow as tf
 from mpl import loop
 from mpl.errors import CheckpointError, ConfigError
 from mpl.experiment import Experiment
-from mpl.launch import jit_trial, workdir
+from mpl.launch import jit_trial, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_early_stop
 from mpl.launch.option import written
@@ -105,6 +104,9 @@ class Session:
     ):
         config = self.config = experiment.config
         self.experiment, self.path, self._start = experiment, path, start
+        # Of several processes that train in step the chief alone writes and prints.
+        peers = self._peers = experiment.peers
+        self._print = print if peers.is_chief else _say_nothing
         headline = experiment.headline()
         watch = EarlyStop(headline, sys.maxsize, better(headline))
         if config.early_stop is not None:
@@ -116,7 +118,8 @@ class Session:
             f"validation/{watch.metric}", watch.patience, watch.mode
         )
         objects = {"early_stopping": self.stopping, **experiment.checkpoint_objects()}
-        self.checkpoints = Checkpoints(self._file("checkpoints"), **objects)
+        self.checkpoints = Checkpoints(
+            self._file("checkpoints"), writes=peers.is_chief, **objects)
         self.best = self.checkpoints.best(watch.metric)
         self.last = _Last()
         self._said: dict[str, int] = {}
@@ -124,11 +127,12 @@ class Session:
         size, epoch = config.global_batch_size, experiment.batches_per_epoch
         shown = None if config.train_steps else epoch
         log = self._file("metrics.jsonl")
-        self._reporters: Any = (
-            Progress(global_batch_size=size, batches_per_epoch=shown),
-            MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch),
-            self.last,
-        )
+        self._reporters: list[Any] = [self.last]
+        if peers.is_chief:
+            self._reporters += [
+                Progress(global_batch_size=size, batches_per_epoch=shown),
+                MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch),
+            ]
 
     def go(self) -> Results:
         """Does what `mode` says, and returns the last values of each split."""
@@ -143,13 +147,13 @@ class Session:
             self.evaluate("test")
         elif mode == "eval":
             self.evaluate("validation", "test")
-        if mode in ("all", "export"):
+        if mode in ("all", "export") and self._peers.is_chief:
             self.export()
-        if mode in ("all", "predict"):
+        if mode in ("all", "predict") and self._peers.is_chief:
             self.predict()
         if mode in TRAINING_MODES:
-            print(self.guide())
-        print(result_line(self.experiment.name, self._final()), flush=True)
+            self._print(self.guide())
+        self._print(result_line(self.experiment.name, self._final()), flush=True)
         return self.last.values
 
     def train(self) -> None:
@@ -165,16 +169,19 @@ class Session:
             ],
         )
         new = [variable.numpy() for variable in self.stopping.variables]
-        restored, config = controller.restore_checkpoint(), self.config
+        restored, config = self._restore(controller), self.config
         if config.policy == "auto":
             config = dataclasses.replace(config, policy=self.experiment.policy.name)
         # Not before: a run whose checkpoint does not fit keeps its flags.
-        workdir.write_flagfile(self.path, config, workdir.facts_of(self.experiment))
+        if self._peers.is_chief:
+            facts = workdir.facts_of(self.experiment)
+            workdir.write_flagfile(self.path, config, facts)
         if self.config.early_stop:
             metric, _, mode = parse_early_stop(self.config.early_stop)
-            print(f"Early stopping looks for the {mode}imum of validation {metric}")
+            text = f"Early stopping looks for the {mode}imum of validation {metric}"
+            self._print(text)
         if restored:
-            print(f"Going on at step {self._step()} of {total} in {self.path}")
+            self._print(f"Going on at step {self._step()} of {total} in {self.path}")
             if self._watches_anew:  # the best value is one of another metric
                 for variable, value in zip(self.stopping.variables, new):
                     variable.assign(value)
@@ -186,16 +193,16 @@ class Session:
             else:
                 controller.train(total)
         except KeyboardInterrupt:
-            print(
+            self._print(
                 f"Stopped at step {self._step()}; last checkpoint: "
                 f"{self.checkpoints.latest}\nGo on with: {self.command()}",
                 file=sys.stderr,
             )
             raise
         self._stopped_early = self.stopping.stopped
-        if self.config.early_stop and self.best.latest:
-            controller.restore_checkpoint(self.best.latest)
-            print(f"Best by validation: step {self._step()}, used from here on")
+        if self.config.early_stop and self._peers.of_chief(self.best.latest):
+            self._restore(controller, self.best.latest)
+            self._print(f"Best by validation: step {self._step()}, used from here on")
 
     def follow(self) -> None:
         """Evaluates each new checkpoint until training is complete."""
@@ -213,10 +220,19 @@ class Session:
             CheckpointError: there is none yet.
         """
         best = self.best.latest if self.config.early_stop else None
-        if self._controller().restore_checkpoint(best) is None:
+        if self._restore(self._controller(), best) is None:
             cause = f"`workdir` ({self.path}) holds no checkpoint yet."
             raise CheckpointError(cause, "Wait for the first one, or train there.")
-        print(f"Restored step {self._step()} of {self.path}")
+        self._print(f"Restored step {self._step()} of {self.path}")
+
+    def _restore(self, controller: loop.Controller, path: Any = None) -> str | None:
+        """Restores on all processes the checkpoint that the chief can read."""
+        is_chief = self._peers.is_chief
+        path = controller.restore_checkpoint(path) if is_chief else None
+        path = self._peers.of_chief(path)
+        if path is not None and not is_chief:
+            controller.restore_checkpoint(path)
+        return path
 
     def evaluate(self, *splits: str) -> None:
         """Evaluates those of the splits that have data."""
@@ -226,13 +242,13 @@ class Session:
     def export(self) -> None:
         """Writes a SavedModel, reloads it, and says how far its predictions are off."""
         path = self.experiment.export(self.config.output or self._file("export"))
-        batch = next(self._batches())
+        batch = next(predictions.batches(self.experiment))
         pairs = zip(
             tf.nest.flatten(load_predictor(path)(batch)),
             tf.nest.flatten(self.experiment.predictor()(batch)),
         )
         largest = max(float(np.max(np.abs(a - b))) for a, b in pairs)
-        print(
+        self._print(
             f"Exported to {path}; float32 export against "
             f"{self.experiment.policy.name} training: largest difference {largest:.1e}"
         )
@@ -240,16 +256,9 @@ class Session:
 
     def predict(self) -> None:
         """Writes predictions for the input file, or the test data, as an .npz file."""
-        predictor = self.experiment.predictor()
-        parts = [predictor(batch) for batch in self._batches()]
-        arrays = tf.nest.map_structure(lambda *part: np.concatenate(part), *parts)
-        arrays = arrays if isinstance(arrays, dict) else {"predictions": arrays}
-        path, buffer = self.config.output or self._file("predictions.npz"), io.BytesIO()
-        np.savez(buffer, **arrays)
-        with tf.io.gfile.GFile(path, "wb") as file:
-            file.write(buffer.getvalue())
-        count = len(tf.nest.flatten(arrays)[0])
-        print(f"Predictions for {count} examples are in {path}")
+        path = self.config.output or self._file("predictions.npz")
+        count = predictions.write(self.experiment, path)
+        self._print(f"Predictions for {count} examples are in {path}")
         self._said = {"predictions": count}
 
     def command(self, **settings: Any) -> str:
@@ -286,7 +295,7 @@ class Session:
 
     def _controller(self, *splits: str, eval_actions: Any = None) -> loop.Controller:
         experiment, evaluators = self.experiment, self.experiment.evaluators
-        writes = self.config.summary_every_steps != 0
+        writes = self.config.summary_every_steps != 0 and self._peers.is_chief
         summaries = self._file("summaries") if writes else None
         every = intervals(
             self.config, experiment.train_steps, experiment.batches_per_epoch
@@ -302,6 +311,7 @@ class Session:
             eval_summary_dir=summaries,
             reporters=self._reporters,
             after_restore=experiment.after_restore,
+            agree=self._peers.any_of,
             **every,
         )
 
@@ -318,24 +328,8 @@ class Session:
                 return {name: final[name] for name in names if name in final}
         return self._said
 
-    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the examples to predict: those of `input`, else of the test data."""
-        if self.config.input is not None:
-            yield _read_arrays(self.config.input)
-            return
-        pipelines = self.experiment.pipelines
-        split = next(s for s in ("test", "validation", "train") if s in pipelines)
-        left = pipelines[split].num_examples
-        for batch in pipelines[split].dataset().as_numpy_iterator():
-            real = len(batch["weight"])
-            if left is None:  # what fills up the last batch has weight 0
-                real = int(np.flatnonzero(batch["weight"])[-1]) + 1
-            elif left == 0:  # the training data would go on for ever
-                return
-            else:
-                real = min(left, real)
-                left -= real
-            yield {name: array[:real] for name, array in batch.items()}
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 class _Last:
@@ -355,17 +349,3 @@ class _Last:
         scalars = {n: float(v) for n, v in values.items() if np.ndim(v) == 0}
         scalars.pop("steps_per_sec", None)
         self.values[split] = scalars
-
-
-def _read_arrays(path: str) -> dict[str, np.ndarray]:
-    try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            content = io.BytesIO(file.read())
-        with np.load(content, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, TypeError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"`input` ({path}) must be an .npz file of arrays: {reason}",
-            "Write one with numpy.savez(path, name=array).",
-        ) from error

@@ -22,7 +22,10 @@ RUNS = "runs"
 LATEST = "latest"
 FLAGFILE = "flagfile.txt"
 # What concerns one command and not the run.
-PER_COMMAND = ("workdir", "resume", "allow_changed_flags", "input", "output")
+PER_COMMAND = (
+    "workdir", "resume", "allow_changed_flags", "input", "output", "device_report",
+    "visible_devices", "gpu_memory_limit_mb", "tpu", "cluster_timeout",
+)  # fmt: skip
 
 
 def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None:

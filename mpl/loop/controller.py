@@ -80,6 +80,8 @@ class Controller:
             in `summary_dir`. One evaluator without a name is of the set "validation".
         reporters: Hear of values and results.
         after_restore: Called when a checkpoint was restored.
+        agree: Called with booleans by which this process wants to stop; returns for
+            each whether any process that trains in step does.
         clock: Gives seconds.
 
     Attributes:
@@ -98,6 +100,7 @@ class Controller:
         summary_dir: str | None = None, eval_summary_dir: str | None = None,
         reporters: Sequence[Reporter] = (),
         after_restore: Callable[[], Any] = lambda: None,
+        agree: Callable[[Sequence[bool]], Sequence[bool]] = lambda flags: flags,
         clock: Callable[[], float] = time.perf_counter,
     ):
         require_positive(
@@ -116,7 +119,7 @@ class Controller:
         self.train_actions, self.eval_actions = train_actions or (), eval_actions or ()
         self.checkpoint_manager, self.reporters = checkpoint_manager, tuple(reporters)
         self._summaries = Summaries(global_step, summary_dir, eval_summary_dir)
-        self._after_restore, self._clock = after_restore, clock
+        self._after_restore, self._agree, self._clock = after_restore, agree, clock
         self.stop_training, self._interrupt = False, Interrupt()
         self._saved_at: int | None = None
 
@@ -243,14 +246,20 @@ class Controller:
         self._need("trainer")
         step = first = int(self.global_step.numpy())
         output, results = dict[str, Any](), dict[str, Any]()
-        evaluated_at, self.stop_training = None, False
+        evaluated_at, self.stop_training, interrupted = None, False, False
         self._steps, self._secs = 0, 0.0  # in blocks since the last log
 
-        def goes_on() -> bool:
+        def look() -> None:  # who wants to stop, here or in another process
+            nonlocal interrupted
             for action in (*self.train_actions, *self.eval_actions):
                 self.stop_training |= getattr(action, "stopped", False)
+            self.stop_training, interrupted = self._agree(
+                [self.stop_training, self._interrupt.requested])
+
+        def goes_on() -> bool:
+            look()
             ended = step > first and self.trainer.data_ended
-            stops = ended or self.stop_training or self._interrupt.requested
+            stops = ended or self.stop_training or interrupted
             return not stops and (steps < 0 or step < steps)
 
         def due(interval: int | None) -> bool:
@@ -270,23 +279,24 @@ class Controller:
                     step += self.trainer.steps_done
                     for action in self.train_actions:
                         action(output)
-                    logs = due(self._log_every) or not goes_on()
+                    logs = not goes_on() or due(self._log_every)
                     self._report(step, output, logs, due(self._summary_every))
-                    if due(eval_every) and not self._interrupt.requested:
+                    if due(eval_every) and not interrupted:
                         results, evaluated_at = evaluate(), step
                     if due(self._save_every):
                         self._save_once(step)
                 self._report(step, output, logs=True)
                 too_short = step < steps and not self.stop_training
-                cut = too_short or self._interrupt.requested
+                cut = too_short or interrupted
                 if evaluated_at != step and not cut:
                     results = evaluate()
                 if saves or cut:
                     self._save_once(step)
+                look()
         finally:
             for reporter in self.reporters:
                 reporter.finish(step)
-        if self._interrupt.requested:
+        if interrupted:
             raise KeyboardInterrupt(f"Interrupted after step {step}.")
         if cut:
             cause = f"The training data ended after step {step} of {steps}."

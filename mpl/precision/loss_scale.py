@@ -4,10 +4,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from mpl.errors import ConfigError
 from mpl.precision.cast import map_floating
-from mpl.precision.policy import Policy, get_policy
+from mpl.precision.policy import Policy, get_policy, on_tpu
 
 # Between these a scale and its reciprocal are normal float32 numbers.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
@@ -252,16 +253,40 @@ class DynamicLossScale(LossScale):
 def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
     """Makes a loss scale from its name.
 
+    Under a `ParameterServerStrategy`, where several workers would adjust a scale at a
+    time, there is no dynamic one, and `auto` is 1024 in place of it.
+
     Args:
         name: `auto` (dynamic where the policy or an override computes in float16,
             else none), `none`, `dynamic`, a number, or a loss scale.
         policy: the policy that `auto` looks at; without one, `auto` is none.
 
     Raises:
-        ConfigError: the name is none of these.
+        ConfigError: the name is none of these, or the scale would be dynamic on a TPU
+            or parameter servers.
     """
-    if isinstance(name, LossScale):
-        return name
+    loss_scale = name if isinstance(name, LossScale) else _named(name, policy)
+    shown = name if isinstance(name, (str, float, int)) else type(name).__name__
+    if loss_scale.is_dynamic and on_tpu():
+        raise ConfigError(
+            f"`loss_scale` ({shown}) is dynamic, which float16 needs; a TPU computes "
+            "in bfloat16, which needs none.",
+            "Use --policy=mixed_bfloat16 with --loss_scale=auto.",
+        )
+    strategy = tf.distribute.get_strategy()
+    servers = isinstance(strategy, tf.distribute.ParameterServerStrategy)
+    if loss_scale.is_dynamic and servers:
+        if name == "auto":
+            logging.info("loss_scale auto: 1024, none dynamic on parameter servers")
+            return StaticLossScale(1024)
+        raise ConfigError(
+            f"`loss_scale` ({shown}) is dynamic, which parameter servers do not allow.",
+            "Use --loss_scale=1024, or another power of two.",
+        )
+    return loss_scale
+
+
+def _named(name: Any, policy: Policy | None) -> LossScale:
     if name == "auto":
         names = [policy.name, *dict(policy.overrides).values()] if policy else []
         float16 = [n for n in names if get_policy(n).compute_dtype == tf.float16]

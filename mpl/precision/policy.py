@@ -164,6 +164,11 @@ def get_policy(name: str | Policy, overrides: Mapping[str, str] = {}) -> Policy:
     return policy
 
 
+def on_tpu() -> bool:
+    """Returns whether the current strategy is a TPU's."""
+    return isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
+
+
 def auto_policy(
     devices: Sequence[tf.config.PhysicalDevice] | None = None,
     details: Callable[[Any], dict] = tf.config.experimental.get_device_details,
@@ -184,7 +189,7 @@ def auto_policy(
         The policy's name, and the reason in words.
     """
     devices = tf.config.get_visible_devices() if devices is None else devices
-    if any(device.device_type == "TPU" for device in devices):
+    if on_tpu() or any(device.device_type == "TPU" for device in devices):
         return "mixed_bfloat16", "a TPU"
     gpus = [details(device) for device in devices if device.device_type == "GPU"]
     if gpus:
@@ -219,7 +224,8 @@ def _parse(name: str) -> Policy:
     for part in text.split(",") if "=" in text else [f"params={text}"]:
         key, _, word = (piece.strip() for piece in part.partition("="))
         if word == "half":  # as in jmp: what the device at hand calls half
-            word = "bf16" if tf.config.list_physical_devices("TPU") else "f16"
+            tpu = on_tpu() or tf.config.list_physical_devices("TPU")
+            word = "bf16" if tpu else "f16"
         key, word = _KEYS.get(key, key), _SHORT.get(word, word)
         if key not in _KEYS.values() or key in words or word not in _SHORT.values():
             where = f": {part!r}" if "=" in str(name) else ""

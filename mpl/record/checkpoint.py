@@ -35,6 +35,7 @@ class Checkpoints:
     Args:
         directory: where to write, a local path or one of `tf.io.gfile`; made by `save`.
         max_to_keep: number of checkpoints kept; those written earlier are deleted.
+        writes: whether `save` writes; of processes that train in step one does.
         **objects: what to save, by name: variables, modules, Keras models, optimizers.
 
     Raises:
@@ -42,13 +43,14 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, max_to_keep: int = 5, **objects: Any
+        self, directory: str | os.PathLike[str], *, max_to_keep: int = 5,
+        writes: bool = True, **objects: Any
     ):
         if max_to_keep < 1:
             cause = f"`max_to_keep` ({max_to_keep}) must be at least 1."
             raise ConfigError(cause, "Use 1 to keep the last checkpoint only.")
         self.directory = os.fspath(directory)
-        self.max_to_keep = max_to_keep
+        self.max_to_keep, self._writes = max_to_keep, writes
         self._objects = objects
         self._checkpoint = tf.train.Checkpoint(**objects)
         self._counter = self._checkpoint.save_counter  # made here, so never missing
@@ -57,7 +59,8 @@ class Checkpoints:
     def best(self, metric: str) -> "Checkpoints":
         """Returns the place of the one best checkpoint by `metric`: `best/<metric>`."""
         directory = os.path.join(self.directory, "best", metric.replace("/", "_"))
-        return Checkpoints(directory, max_to_keep=1, **self._objects)
+        return Checkpoints(
+            directory, max_to_keep=1, writes=self._writes, **self._objects)
 
     def paths(self) -> list[str]:
         """Returns the paths of the whole checkpoints kept, the last written last."""
@@ -95,13 +98,15 @@ class Checkpoints:
             CheckpointError: the directory cannot be written.
         """
         path = os.path.join(self.directory, f"ckpt-{int(step)}")
+        if not self._writes:
+            return path
         try:
             tf.io.gfile.makedirs(self.directory)
             kept = [other for other in self.paths() if other != path]
             # Counts as `tf.train.Checkpoint.save` does, so that a plain restore finds
             # all it expects.
             self._counter.assign_add(1)
-            self._checkpoint.write(path)
+            self._checkpoint.write(path, _options())
             self._commit([os.path.basename(kept_path) for kept_path in [*kept, path]])
         except tf.errors.OpError as error:
             cause = f"`{path}` cannot be written: {error}".partition("\n")[0]
@@ -138,7 +143,7 @@ class Checkpoints:
         try:
             differences = self._differences(path)
             if not differences:
-                self._checkpoint.restore(path).assert_consumed()
+                self._checkpoint.restore(path, _options()).assert_consumed()
         except _UNREADABLE as error:
             cause = f"`{path}` cannot be read: {error}".partition("\n")[0]
             if not is_last:
@@ -206,6 +211,12 @@ class Checkpoints:
                     reshaped.append(f"{here} is {shapes[key]} there, {shape} here")
         unknown = [f"{_readable(key)} is only there" for key in keys.values()]
         return reshaped + missing + unknown
+
+
+def _options() -> tf.train.CheckpointOptions:
+    """Lets this process read and write, also what lies on parameter servers."""
+    with tf.device("CPU:0"):
+        return tf.train.CheckpointOptions(experimental_io_device=tf.constant(0).device)
 
 
 def _is_whole(path: str) -> bool:

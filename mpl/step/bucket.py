@@ -12,7 +12,6 @@ from mpl.step import binding as binding_lib
 # Elements; slices of a packed bucket begin on such a row. 32 make 64 bytes in 16 bits,
 # the alignment that TensorFlow asks for to slice without a copy.
 _ROW = 32
-_MAX_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +124,23 @@ def _cut(part: tf.Tensor, shape: tf.TensorShape, constant: tf.Tensor) -> tf.Tens
 
 
 def buckets_of(
-    variables: Sequence[tuple[Kind, binding_lib.ModelVariable]],
+    variables: Sequence[tuple[Kind, binding_lib.ModelVariable]], max_bytes: int = 0
 ) -> list[Bucket]:
-    """Returns buckets of at most 32 MB where packed, in the order of `variables`."""
+    """Returns buckets in the order in which the last of their variables come.
+
+    Args:
+      variables: with their kinds, in the order in which their gradients are ready.
+      max_bytes: bound of a packed bucket of several variables.
+    """
     members: list[tuple[Kind, list[binding_lib.ModelVariable]]] = []
     last: dict[Kind, list[binding_lib.ModelVariable]] = {}
     sizes: dict[Kind, int] = {}
     for kind, entry in variables:
         sizes[kind] = sizes.get(kind, 0) + entry.num_bytes
-        if not kind.packed or kind not in last or sizes[kind] > _MAX_BYTES:
+        if not kind.packed or kind not in last or sizes[kind] > max_bytes:
             last[kind], sizes[kind] = [], entry.num_bytes
             members.append((kind, last[kind]))
         last[kind].append(entry)
+    place = {id(entry): number for number, (_, entry) in enumerate(variables)}
+    members.sort(key=lambda member: place[id(member[1][-1])])
     return [Bucket(kind, entries) for kind, entries in members]

@@ -1,5 +1,6 @@
 """From gradients to a decision: micro-batches, reduction, checks, all or nothing."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from mpl import errors
+from mpl.step import binding as binding_lib
 from mpl.step import sparse as sparse_lib
 from mpl.step import state as state_lib
 
@@ -117,7 +119,7 @@ def _prepare(
 ) -> Prepared:
     """Reduces, unscales, checks and clips; replica context, outside control flow."""
     summed = [
-        _all_reduce(context, _cast(gradient, _wide(optimizer.reduce_dtype, bucket)))
+        _all_reduce(context, _cast(gradient, _reduce_dtype(optimizer, bucket)))
         for gradient, bucket in zip(gradients, optimizer.buckets)
     ]
     summed = [
@@ -168,6 +170,29 @@ def _wide(reduce_dtype: tf.DType, bucket: Any) -> tf.DType:
     """Returns the dtype to reduce in: never narrower than float64 masters ask."""
     master = bucket.variable.dtype
     return master if master.size > 4 else reduce_dtype
+
+
+def parse_reduce_dtype(name: Any) -> tf.DType | str:
+    """Returns the dtype of this name, or "compute".
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    if name == "compute":
+        return name
+    with contextlib.suppress(TypeError):
+        if tf.as_dtype(name).is_floating:
+            return tf.as_dtype(name)
+    raise errors.ConfigError(
+        f"`reduce_dtype` ({name}) must be a floating dtype or 'compute'.",
+        "Use float32, or 'compute' to sum 16-bit gradients in 16 bits.",
+    )
+
+
+def _reduce_dtype(optimizer: Any, bucket: Any) -> tf.DType:
+    if optimizer.reduce_dtype == "compute":
+        return bucket.kind.compute
+    return _wide(optimizer.reduce_dtype, bucket)
 
 
 def _cast(gradient: Any, dtype: tf.DType) -> Any:
@@ -250,6 +275,21 @@ def _squares(bucket: Any, gradient: Any) -> tf.Tensor:
     return bucket.squares(gradient)
 
 
+def check_accumulation(model: Any, steps: int) -> None:
+    """Raises ConfigError for a model that `accumulate` cannot run in so many steps.
+
+    A loop over micro-batches holds no collective.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    for layer in binding_lib.flatten_layers(model) if min(steps, replicas) > 1 else ():
+        if getattr(layer, "synchronized", False):
+            raise errors.ConfigError(
+                f"layer {layer.path!r} has `synchronized` batch statistics, which "
+                f"{steps} micro-batches on {replicas} replicas cannot have.",
+                "Use --accumulate_steps=1, or synchronized=False in the layer.",
+            )
+
+
 def accumulate(
     replica_forward: Callable,
     batch: Any,
@@ -277,10 +317,12 @@ def accumulate(
       Gradients, a `Forward` and the `LossOutput` of the whole batch.
 
     Raises:
-      ConfigError: if the batch cannot be divided.
+      ConfigError: if the batch cannot be divided, or a layer of the model synchronises
+        its batch statistics over several replicas.
     """
     if steps == 1:
         return replica_forward(batch, None)
+    check_accumulation(weights.model, steps)
     for leaf in tf.nest.flatten(batch):
         size = leaf.shape[0] if leaf.shape.rank else None
         if leaf.shape.rank == 0 or (size is not None and size % steps):
@@ -338,7 +380,8 @@ def accumulate(
     _, sums, state, scale, kept = tf.while_loop(
         lambda index, *_: index < steps, body, first)
     leaves = iter(
-        array.concat() if spec.shape.rank else array.stack()
+        tf.reshape(array.stack(), [-1, *spec.shape[1:]])  # XLA asks for static shapes
+        if spec.shape.is_fully_defined() else array.concat()
         for array, spec in zip(kept, kept_specs)
     )
     whole = state_lib.Forward(

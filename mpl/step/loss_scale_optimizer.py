@@ -48,7 +48,8 @@ class LossScaleOptimizer(tf.Module):
       ema_decay: decay of the exponential moving average of the weights, in (0, 1).
       nominal_weight: constant by which the loss is divided before scaling, best near
         Σ weight of a global batch; it cancels out.
-      reduce_dtype: dtype in which gradients are summed over replicas.
+      reduce_dtype: dtype in which gradients are summed over replicas; "compute": each
+        bucket's own compute dtype, so that 16-bit ones send half as much.
 
     Attributes:
       averages: moving averages laid out like the masters; empty without `ema_decay`.
@@ -86,12 +87,13 @@ class LossScaleOptimizer(tf.Module):
         self.clip_norm = clip_norm
         self.ema_decay = ema_decay
         self.nominal_weight = float(nominal_weight)
-        self.reduce_dtype = tf.as_dtype(reduce_dtype)
+        self.reduce_dtype = gradients_lib.parse_reduce_dtype(reduce_dtype)
         self.share = self.loss_scale.register()
         self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []
-        # Skips, position of the last bad value, whether it was NaN.
-        self._counts = _host_variable(np.zeros(3, np.int64), "counts")
+        self._skips = _host_variable(np.int64(0), "skips")
+        # Position of the last bad value, whether it was NaN.
+        self._bad = _host_variable(np.zeros(2, np.int64), "bad")
         self._row = _host_variable(np.int64(0), "consecutive_skips")
         self._squares = _host_variable(np.float32(0), "squared_grad_norm")
         if weights is not None:
@@ -105,7 +107,7 @@ class LossScaleOptimizer(tf.Module):
 
     @property
     def skipped_steps(self) -> tf.Tensor:
-        return self._counts[0]
+        return tf.convert_to_tensor(self._skips)
 
     @property
     def consecutive_skips(self) -> tf.Tensor:
@@ -277,7 +279,7 @@ class LossScaleOptimizer(tf.Module):
                 if not entry.value.dtype.is_floating:  # not averaged: it may differ
                     value = strategy.experimental_local_results(value)[0]
                 extended.update(entry.value, _assign, (value,), group=False)
-        self.inner.iterations.assign_add(1)
+        self.inner.iterations.value.assign_add(1)  # Keras's own is not atomic
         self._row.assign(0)
         self._squares.assign(tf.cast(squares, tf.float32))
 
@@ -307,9 +309,9 @@ class LossScaleOptimizer(tf.Module):
         first = tf.argmax(tf.cast(bad, tf.int32))
         is_nan = tf.cast(tf.math.is_nan(tf.gather(checks, first)), tf.int64)
         position = tf.where(tf.reduce_any(bad), first, -tf.ones_like(first))
-        counts = self._counts.read_value()
-        new = tf.stack([counts[0] + 1, position, is_nan])
-        self._counts.assign(tf.where(active, new, counts))
+        new = tf.stack([position, is_nan])
+        self._bad.assign(tf.where(active, new, self._bad.read_value()))
+        self._skips.assign_add(tf.cast(active, tf.int64))
         self._row.assign_add(tf.cast(active, tf.int64))
         self._squares.assign(
             tf.where(active, tf.cast(squares, tf.float32), self._squares))
@@ -323,7 +325,7 @@ class LossScaleOptimizer(tf.Module):
 
     def nonfinite_report(self) -> str | None:
         """Returns what was bad in the last skipped step; None if nothing here was."""
-        _, position, is_nan = self._counts.numpy()
+        position, is_nan = self._bad.numpy()
         row = int(self.consecutive_skips)
         if position < 0 or row == 0:
             return None
@@ -340,12 +342,12 @@ class LossScaleOptimizer(tf.Module):
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         seeds = {key: tf.convert_to_tensor(v) for key, v in self._seeds().items()}
-        row = self._row.read_value()[tf.newaxis]
-        counts = tf.concat([self._counts.read_value(), row], 0)
-        return {"counts": counts, **seeds, **self.export_slots()}
+        counts = [self._skips.read_value(), *tf.unstack(self._bad), self._row]
+        return {"counts": tf.stack(counts), **seeds, **self.export_slots()}
 
     def _restore_from_tensors(self, restored: Mapping[str, tf.Tensor]) -> None:
-        self._counts.assign(restored["counts"][:3])
+        self._skips.assign(restored["counts"][0])
+        self._bad.assign(restored["counts"][1:3])
         self._row.assign(restored["counts"][3])
         for key, variable in self._seeds().items():
             variable.assign(restored[key])

@@ -50,10 +50,12 @@ class MasterWeights:
       no_decay: patterns of variables without weight decay.
       lr_multipliers: from pattern to factor on the learning rate; the first that
         matches counts.
+      bucket_mb: bound of a packed bucket, in MB. Each is reduced over replicas as soon
+        as its gradient is there: smaller ones begin earlier, larger ones are fewer.
 
     Raises:
-      ConfigError: if the model has no variables, a pattern matches none, or the
-        variables belong to another strategy.
+      ConfigError: if the model has no variables, a pattern matches none, the variables
+        belong to another strategy, or `bucket_mb` is not positive.
 
     Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.1,
       https://arxiv.org/abs/1710.03740
@@ -68,7 +70,13 @@ class MasterWeights:
         sparse: Sequence[str] | None = (),
         no_decay: Sequence[str] = (),
         lr_multipliers: Mapping[str, float] | None = None,
+        bucket_mb: float = 32,
     ):
+        if not 0 < bucket_mb < float("inf"):
+            raise errors.ConfigError(
+                f"`bucket_mb` ({bucket_mb}) must be positive and finite.",
+                "Use a number of MB such as 32.",
+            )
         self.model = model
         self.policy = policy_lib.get_policy(policy)
         self.buckets: list[bucket_lib.Bucket] = []
@@ -76,6 +84,7 @@ class MasterWeights:
         self._sparse = sparse
         self._no_decay = tuple(no_decay)
         self._lr_multipliers = dict(lr_multipliers or {})
+        self._bucket_bytes = int(bucket_mb * 2**20)
         self._attached: list[Any] = []
         self._inspect()
 
@@ -144,14 +153,19 @@ class MasterWeights:
 
         Args:
           inner: the optimizer that will update them; unless its rule is elementwise
-            every variable keeps its true shape.
+            every variable keeps its true shape, as it does on parameter servers.
         """
         packs = inner is None or type(inner) in _ELEMENTWISE
+        if isinstance(
+            tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy
+        ):
+            packs = False  # a buffer would lie on one server
         self._calls: dict[str, int] = {}
         self._graphs: dict[str, Callable] = {}  # of `publish` and `adopt`
         # Last created first: their gradients are ready first, and so reduced first.
         self.buckets = bucket_lib.buckets_of(
-            [(self._kind(entry, packs), entry) for entry in reversed(self.entries)])
+            [(self._kind(entry, packs), entry) for entry in reversed(self.entries)],
+            self._bucket_bytes)
 
     def _kind(self, entry: binding_lib.ModelVariable, packs: bool) -> bucket_lib.Kind:
         sparse = self._is_sparse(entry)
@@ -350,8 +364,11 @@ class MasterWeights:
         own += self._binding.frozen
         own_refs = {copy.ref() for variable in own for copy in local(variable)}
         own_refs |= {variable.ref() for variable in own}
+        # The tape sees a parameter server's variable without what is around it.
+        handles = {id(variable.handle) for variable in own}
         watched = tape.watched_variables()
-        strangers = [v.name for v in watched if v.ref() not in own_refs]
+        strangers = [v.name for v in watched
+                     if v.ref() not in own_refs and id(v.handle) not in handles]
         if strangers:
             raise errors.ConfigError(
                 f"the loss reads {strangers[0]!r}, a trainable variable outside the "

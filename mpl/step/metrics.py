@@ -1,6 +1,7 @@
 """Keras metrics and the mean loss, kept on the device between reports."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -73,7 +74,8 @@ class Metrics(tf.Module):
             values = values if isinstance(values, (tuple, list)) else (values,)
             if forward is not None:
                 values = [_if_finite(forward.finite, value) for value in values]
-            metric.update_state(*values, sample_weight=weights)
+            with _added(metric):
+                metric.update_state(*values, sample_weight=weights)
 
     def result(self) -> dict[str, tf.Tensor]:
         """Returns the values since the last reset, "loss" first; NaN of no example."""
@@ -93,6 +95,24 @@ class Metrics(tf.Module):
         self._sums.assign(tf.zeros([2]))
         for metric in self.metrics.values():
             metric.reset_state()
+
+
+@contextlib.contextmanager
+def _added(metric: keras.metrics.Metric) -> Iterator[None]:
+    """What is written to the metric meanwhile is added to it, on parameter servers.
+
+    There several workers write at a time, and Keras reads, adds and writes. A metric's
+    variables are sums over replicas, here over batches.
+    """
+    strategy = tf.distribute.get_strategy()
+    if not isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        yield
+        return
+    zeros = [(v, tf.zeros(v.shape, v.dtype)) for v in metric.variables]
+    with keras.StatelessScope(zeros) as scope:
+        yield
+    for variable, _ in zeros:
+        variable.value.assign_add(scope.get_current_value(variable))
 
 
 def _if_finite(finite: tf.Tensor, value: Any) -> tf.Tensor:

@@ -76,7 +76,7 @@ class Slots:
             restore_entries(name, self._buckets[number], slot, values)
         for key, variable in self._named_others():
             if key in values:
-                variable.assign(values[key])
+                variable.value.assign(values[key])  # of unknown shape, in a graph
 
     def decay(self, number: int) -> float | None:
         """Returns the weight decay of one bucket."""

@@ -16,7 +16,8 @@ SIGNATURES = {
         "*global_step, *trainer=, *evaluator=, *strategy=, *train_actions=, "
         "*eval_actions=, *steps_per_loop=, *log_every_steps=, *eval_every_steps=, "
         "*checkpoint_manager=, *checkpoint_every_steps=, *summary_interval=, "
-        "*summary_dir=, *eval_summary_dir=, *reporters=, *after_restore=, *clock="
+        "*summary_dir=, *eval_summary_dir=, *reporters=, *after_restore=, *agree=, "
+        "*clock="
     ),
     "DataContext": "data_dir, global_batch_size, seed, compute_dtype",
     "DatasetSource": "dataset, num_examples=",
@@ -33,12 +34,14 @@ SIGNATURES = {
     "Experiment": "",
     "ExportSavedModel": "export, directory, *global_step, *max_to_keep=",
     "LossOutput": "per_example, weights, outputs=",
+    "FileSource": "files, read, *examples_per_file=, *shuffle_buffer=",
     "LossScaleOptimizer": (
         "inner, loss_scale=, weights=, *clip_norm=, *ema_decay=, "
         "*nominal_weight=, *reduce_dtype="
     ),
     "MasterWeights": (
-        "model, policy, *pack_below=, *sparse=, *no_decay=, *lr_multipliers="
+        "model, policy, *pack_below=, *sparse=, *no_decay=, *lr_multipliers=, "
+        "*bucket_mb="
     ),
     "NewBestMetric": "metric, mode=",
     "NoLossScale": "",

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "loop": set(),
     "step": {"precision"},
     "inference": {"distribute", "data", "precision", "record"},
+    "experiment_loops": {"distribute", "loop"},
     "experiment": {"distribute", "data", "precision", "step", "loop", "record"}
-    | {"inference"},
+    | {"inference", "experiment_loops"},
     "launch": {"distribute", "data", "precision", "step", "loop", "record"}
     | {"experiment"},
 }
@@ -202,8 +203,8 @@ def test_the_size_of_mpl_does_not_grow_unnoticed():
     """Above the design's 2,200 and 4,500; BUILD_NOTES.md says why."""
     core = {"precision", "step", "loop", "distribute", "data"}
     sizes = {path: _code_lines(path) for path in MPL}
-    assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 3110
-    assert sum(sizes.values()) <= 5140
+    assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 4345
+    assert sum(sizes.values()) <= 6800
 
 
 def test_no_fit_and_no_compile():

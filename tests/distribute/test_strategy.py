@@ -7,7 +7,14 @@ import sys
 import pytest
 import tensorflow as tf
 
-from mpl.distribute import check_batch, distribute_dataset, get_strategy
+from mpl.distribute import (
+    Cluster,
+    check_batch,
+    choose_name,
+    distribute_dataset,
+    get_strategy,
+    reason,
+)
 from mpl.distribute.strategy import choose_devices
 from mpl.errors import ConfigError
 
@@ -35,10 +42,6 @@ def test_choose_devices(name, num_devices, num_gpus, chosen):
 @pytest.mark.parametrize(
     ("name", "num_devices", "num_gpus", "message"),
     [
-        ("tpu", None, 0, r"`strategy` \(tpu\) is not part of .*\nUse one of auto, one"),
-        ("parameter_server", 2, 0, "not part of this version"),
-        ("multi_worker_mirrored", None, 0, "not part of this version"),
-        ("mirored", None, 0, r"`strategy` \(mirored\) is unknown.\nUse one of"),
         ("auto", 0, 0, r"`num_devices` \(0\) must be 1 or more"),
         ("one_device", 2, 0, r"`num_devices` \(2\) must be 1 with `strategy`"),
         ("mirrored", 4, 2, r"\(4\) is more than the 2 GPUs .*\nUse at most 2"),
@@ -48,6 +51,70 @@ def test_choose_devices(name, num_devices, num_gpus, chosen):
 def test_impossible_devices_are_errors(name, num_devices, num_gpus, message):
     with pytest.raises(ConfigError, match=message):
         choose_devices(name, num_devices, num_gpus)
+
+
+WORKERS = Cluster({"worker": ["a:1", "b:1"]}, "worker", 0)
+SERVERS = Cluster({"chief": ["a:1"], "worker": ["b:1"], "ps": ["c:1"]}, "chief", 0)
+
+
+@pytest.mark.parametrize(("name", "cluster", "tpu", "chosen"), [
+    ("auto", None, None, "auto"), ("mirrored", None, None, "mirrored"),
+    ("auto", WORKERS, None, "multi_worker_mirrored"),
+    ("multi_worker_mirrored", WORKERS, None, "multi_worker_mirrored"),
+    ("auto", SERVERS, None, "parameter_server"),
+    ("parameter_server", SERVERS, None, "parameter_server"),
+    ("auto", None, "local", "tpu"), ("tpu", None, "a-name", "tpu"),
+])
+def test_choose_name(name, cluster, tpu, chosen):
+    assert choose_name(name, cluster, tpu) == chosen
+
+
+@pytest.mark.parametrize(("name", "cluster", "tpu", "message"), [
+    ("mirored", None, None, r"`strategy` \(mirored\) is unknown.\nUse one of auto,"),
+    ("tpu", None, None, r"\(tpu\) and `tpu` \(None\) do not go .*\n.*--tpu=local"),
+    ("auto", WORKERS, "x", r"`tpu` \(x\) does not go with the cluster"),
+    ("mirrored", None, "x", r"\(mirrored\) and `tpu` \(x\) do not go together"),
+    ("parameter_server", None, None, r"needs a cluster.*\nSet TF_CONFIG.*launch.local"),
+    ("multi_worker_mirrored", None, None, "needs a cluster, and none is described"),
+    ("one_device", WORKERS, None, "made for multi_worker_mirrored.*\n.*without a clu"),
+    ("parameter_server", WORKERS, None, "made for multi_worker_mirrored"),
+    ("multi_worker_mirrored", SERVERS, None, "made for parameter_server"),
+])
+def test_a_strategy_that_does_not_go_with_what_is_there(name, cluster, tpu, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_name(name, cluster, tpu)
+
+
+@pytest.mark.parametrize(("name", "communication", "message"), [
+    ("mirrored", "nccl", r"\(nccl\) does not go with `strategy` mirrored on CPUs"),
+    ("mirrored", "ring", r"\(ring\) does not go with `strategy` mirrored on CPUs"),
+])
+def test_communication_that_a_strategy_has_not(name, communication, message):
+    with pytest.raises(ConfigError, match=message):
+        get_strategy(name, 2, communication=communication)
+
+
+def test_workers_on_cpus_have_one_device_and_no_nccl():
+    with pytest.raises(ConfigError, match=r"\(2\) must be 1: without GPUs each"):
+        get_strategy("auto", 2, cluster=WORKERS)
+    with pytest.raises(ConfigError, match=r"\(nccl\) .* multi_worker_mirrored on CPUs"):
+        get_strategy("auto", cluster=WORKERS, communication="nccl")
+
+
+def test_one_device_has_nothing_to_communicate_and_a_tpu_all_its_cores():
+    with pytest.raises(ConfigError, match=r"\(ring\) .* `strategy` one_device on CPUs"):
+        get_strategy("one_device", communication="ring")
+    with pytest.raises(ConfigError, match=r"`num_devices` \(2\) does not go with a"):
+        get_strategy("auto", 2, tpu="local")
+
+
+@pytest.mark.parametrize(("name", "num_devices", "cluster", "words"), [
+    ("auto", None, None, "no GPU was found"), ("auto", 2, None, "--num_devices=2"),
+    ("mirrored", 2, None, "--strategy=mirrored"),
+    ("auto", None, WORKERS, "a cluster of 2 processes"),
+])
+def test_the_reason_of_a_choice(name, num_devices, cluster, words):
+    assert reason(name, num_devices, cluster) == words
 
 
 def test_get_strategy_on_the_cpu():

@@ -190,7 +190,8 @@ def test_what_changes_the_mathematics():
         return {f.name for f in fields_of(type(config)) if config.changes_math(f)}
 
     assert changing(Config()) == {
-        "policy", "loss_scale", "global_batch_size", "seed", "optimizer",
+        "policy", "loss_scale", "reduce_dtype", "global_batch_size", "seed",
+        "optimizer",
         "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip_norm",
         "accumulate_steps", "ema_decay", "hidden",
     }  # fmt: skip

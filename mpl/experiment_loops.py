@@ -1,0 +1,109 @@
+"""The loops that run an experiment's steps."""
+
+import functools
+from typing import Any
+
+import tensorflow as tf
+
+from mpl import distribute, errors
+from mpl.loop import coordinated as coordinated_lib
+from mpl.loop import evaluator as evaluator_lib
+from mpl.loop import trainer as trainer_lib
+from mpl.loop.inner_loop import converted
+
+
+class ExperimentTrainer(trainer_lib.Trainer):
+    """Runs an experiment's `train_step`.
+
+    Attributes:
+      jit_trial: decides which steps are compiled; None: the settings do.
+    """
+
+    jit_trial: Any = None
+
+    def __init__(self, experiment: Any):
+        eager = experiment.config.debug_eager
+        super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
+        self._experiment, self._loop.one_graph = experiment, True
+        self._loop.waits = experiment.pipelines["train"].has_own_threads
+        if isinstance(experiment.strategy, tf.distribute.ParameterServerStrategy):
+            self._loop: Any = coordinated_lib.CoordinatedLoop(
+                experiment.train_step, experiment.strategy, experiment.global_step)
+
+    def make_train_dataset(self) -> Any:
+        """Returns the training data from the position on."""
+        pipeline = self._experiment.pipelines["train"]
+        dataset = pipeline.dataset(int(self.position), **self._experiment.shard)
+        return distribute.distribute_dataset(dataset, self._experiment.strategy)
+
+    def train_loop_begin(self) -> None:
+        for weights in tf.nest.flatten(self._experiment.weights):
+            weights.adopt()
+
+    @tf.autograph.experimental.do_not_convert
+    def train_step(self, iterator: Any) -> None:
+        converted(self._experiment.train_step)(iterator)
+        # A step whose batch could not be read counts not.
+        with tf.control_dependencies([self.position.read_value()]):
+            self._experiment.global_step.assign_add(1)
+
+    def train(self, num_steps: Any = -1) -> Any:
+        if self.jit_trial is None or num_steps < 0:
+            return self._train_part(num_steps)
+        done = self.jit_trial.train(self._train_part, int(num_steps))
+        self._loop.done.assign(done)
+
+    def _train_part(self, num_steps: Any) -> Any:
+        try:
+            return super().train(num_steps)
+        finally:  # whatever ended the block, the model shows what was trained
+            for weights in tf.nest.flatten(self._experiment.weights):
+                weights.publish()
+
+    @tf.autograph.experimental.do_not_convert
+    def should_stop(self) -> tf.Tensor:
+        limit = self._experiment.config.max_consecutive_skips
+        optimizers = tf.nest.flatten(self._experiment.optimizer)
+        flags = [each.consecutive_skips >= limit for each in optimizers]
+        return functools.reduce(tf.logical_or, flags)
+
+    def nonfinite_error(self) -> errors.NonFiniteError:
+        optimizers = tf.nest.flatten(self._experiment.optimizer)
+        reports = [optimizer.nonfinite_report() for optimizer in optimizers]
+        return errors.NonFiniteError(
+            f"At step {int(self._experiment.global_step)}: "
+            f"{next(filter(None, reports), 'too many steps were skipped')}.",
+            "Lower the learning rate, clip the gradient (--clip_norm=1), or train in "
+            "--policy=mixed_bfloat16 or float32.",
+        )
+
+    def report(self) -> dict[str, Any]:
+        return self._experiment.train_report()
+
+    def reset_metrics(self) -> None:
+        self._experiment.train_metrics.reset()
+
+
+class ExperimentEvaluator(evaluator_lib.Evaluator):
+    """Runs an experiment's `eval_step` over one split."""
+
+    def __init__(self, experiment: Any, split: str):
+        eager = experiment.config.debug_eager
+        options = evaluator_lib.EvaluatorOptions(use_tf_function=not eager)
+        pipeline = experiment.pipelines[split]
+        super().__init__(
+            distribute.distribute_dataset(
+                pipeline.dataset(**experiment.shard), experiment.strategy),
+            options,
+        )
+        self._experiment = experiment
+
+    def eval_begin(self) -> None:
+        self._experiment.eval_metrics.reset()
+
+    @tf.autograph.experimental.do_not_convert
+    def eval_step(self, iterator: Any) -> None:
+        converted(self._experiment.eval_step)(iterator)
+
+    def eval_end(self, state: Any = None) -> dict[str, tf.Tensor]:
+        return self._experiment.eval_metrics.result()

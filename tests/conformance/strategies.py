@@ -1,0 +1,232 @@
+"""The same trainings under any strategy; as a program, those of one worker of many.
+
+    python tests/conformance/strategies.py FOLDER     # with TF_CONFIG
+
+Each case trains 20 steps, over the end of an epoch with its padded batch, without
+dropout, and returns what must not depend on the strategy.
+"""
+
+import itertools
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import mpl
+from mpl import distribute
+from mpl.record.checkpoint import Checkpoints
+
+STEPS, BATCH, EXAMPLES = 20, 16, 252  # 16 batches an epoch, the last of 12 examples
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+ACCUMULATE = (1, 4)
+layers = keras.layers
+
+
+def data(split, poisoned=()):
+    random = np.random.default_rng(("train", "validation").index(split))
+    image = random.normal(size=(EXAMPLES, 6, 6, 1)).astype(np.float32)
+    poison = np.zeros(EXAMPLES, np.float32)
+    poison[list(poisoned)] = 1
+    weight = random.uniform(0.5, 2.0, EXAMPLES).astype(np.float32)
+    return {"image": image, "label": (image.sum((1, 2, 3)) > 0).astype(np.int32),
+            "poison": poison, "weight": weight}
+
+
+def started(model):
+    """Gives a model the same weights in every dtype."""
+    random = np.random.default_rng(5)
+    model.set_weights([
+        value if value.ndim < 2 else 0.3 * random.normal(size=value.shape)
+        for value in model.get_weights()])
+    return model
+
+
+class Plain(mpl.Experiment):
+    """A small classifier; `poisoned` examples have an infinite loss."""
+
+    poisoned: tuple[int, ...] = ()
+    layer_dtype = "float32"
+
+    def build_data(self, split, context):
+        return None if split == "test" else data(split, self.poisoned)
+
+    def build_model(self):
+        return started(keras.Sequential([
+            keras.Input((6, 6, 1)), layers.Conv2D(8, 3, activation="tanh"),
+            layers.LayerNormalization(), layers.Flatten(),
+            layers.Dense(16, activation="tanh", kernel_regularizer="l2"),
+            layers.Dense(2, dtype=self.layer_dtype)]))
+
+    def build_optimizer(self, config):
+        return keras.optimizers.SGD(0.1, momentum=0.9)
+
+    def loss(self, batch, training):
+        logits = self.model(batch["image"], training=training)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
+        inf = tf.constant(np.inf, losses.dtype)
+        losses = tf.where(batch["poison"] > 0, inf, losses)
+        return mpl.LossOutput(losses, batch["weight"], (batch["label"], logits))
+
+    def metrics(self):
+        return {"accuracy": keras.metrics.SparseCategoricalAccuracy()}
+
+
+class Small(Plain):
+    """In several buckets."""
+
+    def build_weights(self, model):
+        return mpl.MasterWeights(model, self.policy, bucket_mb=1e-3)
+
+
+class Poisoned(Plain):
+    poisoned = (3, 77, 130)  # each in the part of one replica
+
+
+class Gan(Plain):
+    """Two models, two optimizers, two calls of `strategy.run` a step."""
+
+    accumulates = True
+
+    def build_model(self):
+        code, image = keras.Input((36,)), keras.Input((6, 6, 1))
+        fake = layers.Dense(36, dtype=self.layer_dtype)(
+            layers.Dense(16, activation="tanh")(code))
+        verdict = layers.Dense(1, dtype=self.layer_dtype)(
+            layers.Dense(16, activation="tanh")(layers.Flatten()(image)))
+        generator = keras.Model(code, layers.Reshape((6, 6, 1))(fake))
+        return {"generator": started(generator),
+                "discriminator": started(keras.Model(image, verdict))}
+
+    def train_step(self, iterator):
+        batch = next(iterator)
+        for name in ("discriminator", "generator"):
+            self.strategy.run(self.update, args=(batch, name))
+
+    def update(self, batch, name):
+        weights, optimizer = self.weights[name], self.optimizer[name]
+        params = weights.cast()
+
+        def forward_of(batch, state):
+            with tf.GradientTape() as tape:
+                tape.watch(params)
+                with weights.bound(params, state) as forward:
+                    output = self.adversarial_loss(batch, name)
+                    scaled = optimizer.scale_loss(output, forward)
+            return weights.gradients(tape, scaled, forward), forward, output
+
+        # The model that is not trained reads its masters.
+        other = self.weights[{"generator": "discriminator"}.get(name, "generator")]
+        with other.bound(other.cast()):
+            gradients, forward, output = mpl.accumulate(
+                forward_of, batch, self.config.accumulate_steps, weights=weights)
+        optimizer.apply(gradients, forward)
+        if name == "generator":
+            self.update_metrics(output, forward)
+
+    def adversarial_loss(self, batch, name):
+        def judge(image):
+            verdict = self.model["discriminator"](tf.cast(image, self.layer_dtype))
+            return tf.cast(verdict[:, 0], self.layer_dtype)
+
+        on_fake = judge(self.model["generator"](layers.Flatten()(batch["image"])))
+        losses = tf.nn.softplus(-on_fake)
+        if name == "discriminator":
+            losses = tf.nn.softplus(on_fake) + tf.nn.softplus(-judge(batch["image"]))
+        return mpl.LossOutput(losses, batch["weight"], (batch["label"], on_fake))
+
+    def loss(self, batch, training):  # of evaluation
+        return self.adversarial_loss(batch, "generator")
+
+    def metrics(self):
+        return {}
+
+
+KINDS = {kind.__name__: kind for kind in (Plain, Small, Poisoned, Gan)}
+CASES = [*itertools.product(("Plain", "Gan"), POLICIES, ACCUMULATE),
+         *itertools.product(("Poisoned",), ("float32", "mixed_float16"), (1,))]
+
+
+def prepared(kind, policy, accumulate, strategy, peers=distribute.Peers(), **settings):
+    """Returns an experiment of a case, set up."""
+    keras.backend.clear_session()
+    experiment = KINDS[kind]()
+    if policy == "float64":
+        experiment.layer_dtype = "float64"
+    config = mpl.RunConfig(
+        policy=policy, accumulate_steps=accumulate, global_batch_size=BATCH,
+        train_steps=STEPS, clip_norm=1.0, ema_decay=0.9, seed=1, **settings)
+    experiment.peers = peers
+    experiment.setup(config, strategy)
+    return experiment
+
+
+def outcome(experiment):
+    """Returns weights, averages, counts and metrics of an experiment, as arrays."""
+    result = {}
+    for part in sorted(experiment.weights) if isinstance(
+            experiment.weights, dict) else [""]:
+        weights = experiment.weights[part] if part else experiment.weights
+        optimizer = experiment.optimizer[part] if part else experiment.optimizer
+        for kind, values in (("weight", None), ("average", optimizer.averages)):
+            for key, value in weights.by_key(values).items():
+                result[f"{kind} {part}{key}"] = np.array(value)
+        for name in ("applied_steps", "skipped_steps"):
+            result[f"{name} {part}"] = np.array(getattr(optimizer, name))
+    result["step"] = np.array(experiment.global_step)
+    result["scale"] = np.array(experiment.loss_scale.value)
+    report = experiment.train_report()
+    results = experiment.evaluators["validation"].evaluate(-1)
+    for split, values in (("train", report), ("validation", results)):
+        for name in ("loss", "accuracy"):
+            if name in values:
+                result[f"{split} {name}"] = np.array(values[name])
+    return result
+
+
+def train(kind, policy, accumulate, strategy, peers=distribute.Peers(), **settings):
+    """Trains a case and returns its `outcome`."""
+    experiment = prepared(kind, policy, accumulate, strategy, peers, **settings)
+    experiment.trainer.train(STEPS // 2)
+    experiment.trainer.train(STEPS - STEPS // 2)
+    return outcome(experiment)
+
+
+def restored(path, strategy, peers=distribute.Peers()):
+    """Returns the `outcome` of 3 more steps from a checkpoint, in smaller buckets."""
+    experiment = prepared("Small", "float32", 1, strategy, peers)
+    assert len(experiment.weights.buckets) > 1
+    Checkpoints(path, **experiment.checkpoint_objects()).resume()
+    experiment.after_restore()
+    experiment.trainer.train(3)
+    return outcome(experiment)
+
+
+def save(path, strategy, peers=distribute.Peers()):
+    """Trains 20 steps and writes a checkpoint."""
+    experiment = prepared("Plain", "float32", 1, strategy, peers)
+    experiment.trainer.train(STEPS)
+    objects = experiment.checkpoint_objects()
+    Checkpoints(path, writes=peers.is_chief, **objects).save(STEPS)
+    peers.share(None)  # it is written
+
+
+def main(folder):
+    """Trains all cases as one worker; the chief writes the outcomes."""
+    cluster = distribute.find_cluster()
+    with distribute.joined(cluster, 120) as peers:
+        strategy = distribute.get_strategy(cluster=cluster)
+        for case in CASES:
+            result = train(*case, strategy, peers)
+            if peers.is_chief:
+                np.savez(folder / f"{'-'.join(map(str, case))}.npz", **result)
+        for name in ("mirrored", "one_device"):
+            result = restored(folder / name, strategy, peers)
+            if peers.is_chief:
+                np.savez(folder / f"restored {name}.npz", **result)
+        save(folder / "multi_worker", strategy, peers)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
