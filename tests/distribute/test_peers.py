@@ -106,6 +106,7 @@ def test_who_does_not_start_is_named():
         there = Peers(clusters[2], 3.0)
         there.connect()
         told = pool.submit(there.share, 1).exception(timeout=20)
+        there.close(told)  # or it would end this process
         error = chief.exception(timeout=20)
     assert isinstance(error, ClusterError)
     address = clusters[0].addresses[1]
