@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("rounds", 7, "Blocks of each system.", 3, None, values)
     flags.DEFINE_integer("starts", 3, "Processes of each system; --full: in "
                          "each policy, else one in all but the last.", 1, None, values)
-    flags.DEFINE_float("block_secs", 0.4, "Length of a block of the fastest system.",
+    flags.DEFINE_float("block_secs", 0.3, "Length of a block of the fastest system.",
                        0.01, None, values)
     flags.DEFINE_enum(
         "jit_compile", None, ["auto", "true", "false"], "Compile the steps of all "
@@ -72,21 +72,24 @@ def plan(
     """Returns the runs of a work, and the number of starts of each.
 
     Unless it is to be full, that number counts where goals ask for it: in the last
-    policy, not of Orbit, not with dynamic scaling beside none. Elsewhere one does. And
-    a peer runs with dynamic scaling beside none only where a goal asks for it.
+    policy, of few systems, not with dynamic scaling beside none. Elsewhere one does. A
+    peer runs with dynamic scaling beside none only where a goal asks for it.
     """
     if scaling in ("none", "dynamic"):
         scalings = {scaling: systems}
     else:
         few = systems if scaling == "both" else [s for s in systems if s in SCALED]
         scalings = {"none": systems, "dynamic": few}
+    often = ["mpl", "keras_fit"]  # for the memory
+    if any((goal.figure, goal.over.work) == ("first_step", work) for goal in goals.ALL):
+        often.append("raw")
     return {
         Run(work, policy, chosen_scaling, system): count
         for policy in policies
         for chosen_scaling, some in scalings.items()
         for system in some
         for count in [starts if len(some) == len(systems) and (
-            full or policy == policies[-1] and system != "orbit") else 1]
+            full or policy == policies[-1] and system in often) else 1]
         if full or scaling != "auto" or chosen_scaling == "none" or system == "mpl"
         or goals.asks_for(Run(work, policy, chosen_scaling, system))
     }

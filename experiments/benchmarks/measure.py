@@ -23,7 +23,9 @@ import numpy as np
 
 LOSS_STEPS = 16  # losses are compared and memory is read after so many
 ANSWER_SECS = 900.0  # the longest wait for a worker
-_MULTIPLE = 64  # `fit` is fastest in whole executions of as many steps
+# `fit` is fastest in whole executions of many steps: so many in long blocks, so many in
+# short ones.
+_MULTIPLES = (64, 16)
 _RESAMPLES = 2000
 
 
@@ -406,7 +408,9 @@ def _take_blocks(
             if record.error:
                 continue
             with _noting(record):
-                answer = workers[run].ask(do, count=count)
+                warms_up = number < 0
+                answer = workers[run].ask(
+                    do, count=count, settle=warms_up and do == "steps")
                 secs, record.counts[do] = answer["secs"], count
                 record.facts |= {"steps_per_call": answer.get("steps_per_call", 1)}
                 if number >= 0:
@@ -419,8 +423,7 @@ def _secs_each(worker: Worker, do: str, block_secs: float) -> float | None:
     if secs is None:
         return None
     if do == "steps":
-        # `fit` chooses its steps per execution in the first block of more than 16.
-        worker.ask(do, count=64 if 16 * secs < 6 * block_secs else 24)
+        worker.ask(do, count=64 if 16 * secs < 6 * block_secs else 16, settle=True)
     count, secs = 4, 0.0
     while secs < block_secs and count < 10**6:
         count *= 2
@@ -432,5 +435,5 @@ def block_length(secs_each: Iterable[float], block_secs: float) -> int:
     """Returns how many steps a block has, for steps that take so many seconds."""
     times = list(secs_each)
     count = min(block_secs / min(times), 3 * block_secs / max(times))
-    multiple = _MULTIPLE if count >= _MULTIPLE / 2 else 1
+    multiple = next((n for n in _MULTIPLES if count >= n), 1)
     return max(multiple, 2, round(count / multiple) * multiple)

@@ -50,6 +50,9 @@ class System:
         self.train(num_steps)
         self.steps += num_steps
 
+    def settle(self, num_steps: int) -> None:
+        """Finds out how blocks of so many steps run fastest."""
+
     def make_model(self) -> keras.Model:
         """Returns the model of the work, the same in each system."""
         keras.utils.set_random_seed(SEED)
@@ -193,7 +196,6 @@ class KerasFit(System):
                            auto_scale_loss=False)
         self.optimizer = self.model.optimizer
         self._data = self.dataset()
-        self._chosen = False
         self._functions: dict[int, Any] = {}  # traced, by steps of an execution
 
     def _mean_loss(self, y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
@@ -214,18 +216,17 @@ class KerasFit(System):
             self.model.fit(data, steps_per_epoch=num_steps, verbose=0)
             self._functions[steps_per_execution] = self.model.train_function
 
-    def run(self, num_steps: int) -> None:
-        if num_steps >= 64 and not self._chosen:  # where blocks are so long
-            self._chosen = True
-            self.steps_per_call = min(
-                (1, 64), key=lambda n: self._secs_with(n, num_steps))
-        super().run(num_steps)
+    def settle(self, num_steps: int) -> None:
+        if self.steps_per_call > 1 and num_steps % self.steps_per_call == 0:
+            return
+        whole = max(n for n in (1, 16, 32, 64) if num_steps % n == 0)
+        self.steps_per_call = min(
+            {1, whole}, key=lambda n: self._secs_with(n, num_steps))
 
     def _secs_with(self, steps_per_execution: int, num_steps: int) -> float:
         self.steps_per_call = steps_per_execution
-        super().run(num_steps)  # traced here
-        return min(_secs(lambda: super(KerasFit, self).run(num_steps))
-                   for _ in range(2))
+        self.run(num_steps)  # traced here
+        return min(_secs(lambda: self.run(num_steps)) for _ in range(2))
 
     def predictor(self) -> Callable:
         return lambda x: self.model.predict(x, verbose=0)

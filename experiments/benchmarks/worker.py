@@ -52,7 +52,11 @@ def main() -> None:
         _answer(event=request["do"], **_reply(system, **request))
 
 
-def _reply(system: Any, do: str, count: int = 1) -> dict[str, Any]:
+def _reply(
+    system: Any, do: str, count: int = 1, settle: bool = False
+) -> dict[str, Any]:
+    if settle:
+        system.settle(count)
     if do == "steps":
         began = time.perf_counter()
         system.run(count)

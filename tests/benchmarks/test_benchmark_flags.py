@@ -53,8 +53,10 @@ def run(tmp_path, monkeypatch):
 def test_the_default_scales_mpl_and_what_goals_compare_it_with():
     starts = benchmark.plan("cnn", ["float32"], benchmark.SYSTEMS, "auto", 3, False)
     assert {run[2:]: count for run, count in starts.items()} == {
-        ("none", "mpl"): 3, ("none", "raw"): 3, ("none", "keras_fit"): 3,
+        ("none", "mpl"): 3, ("none", "raw"): 1, ("none", "keras_fit"): 3,
         ("none", "orbit"): 1, ("dynamic", "mpl"): 1}
+    deep = benchmark.plan("deep", ["float32"], benchmark.SYSTEMS, "auto", 3, False)
+    assert deep[Run("deep", "float32", "none", "raw")] == 3  # its first step is a goal
     starts = benchmark.plan("tiny", ["float32"], benchmark.SYSTEMS, "auto", 3, False)
     assert {run[3] for run in starts if run.scaling == "dynamic"} == {"mpl", "raw"}
     starts = benchmark.plan("cnn", ["float32"], benchmark.SYSTEMS, "auto", 3)

@@ -86,10 +86,12 @@ def test_two_samples_have_no_interval():
 
 @pytest.mark.parametrize("secs, length", [
     ([0.001], 512),  # 500, as executions of 64
+    ([0.015], 32),  # 33, as executions of 16
     ([0.001, 0.002], 512),
     ([0.001, 0.006], 256),  # 1.5 s for the slowest
-    ([0.01], 64),  # 50: half an execution and more is made a whole one
-    ([0.02, 0.03], 25),  # too few for executions of 64
+    ([0.01], 48),  # 50
+    ([0.02, 0.03], 32),  # 25
+    ([0.04], 12),  # too few for executions
     ([1.0], 2),
 ])
 def test_blocks_are_long_enough_for_the_fastest_and_hold_whole_executions(
