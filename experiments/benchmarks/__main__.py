@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks --out=runs/bench [--works=cnn,gpt] [--full]
 
-The default takes up to 20 minutes on 2 cores, and wants nothing else to run beside it.
+The default takes some 20 minutes on 2 cores, and wants nothing else to run beside it.
 Expected: tables of times, ratios and goals; results.json and ratios.png in the folder.
 Exit code 1: the losses of the systems differ, or a system failed.
 """
