@@ -19,6 +19,8 @@ from mpl.distribute.peers import Peers, joined
 from mpl.errors import ClusterError
 from mpl.launch import local
 
+pytestmark = pytest.mark.slow  # real connections, processes and time-outs
+
 
 def clusters_of(size):
     addresses = [f"localhost:{port}" for port in local.free_ports(size)]

@@ -15,6 +15,8 @@ import pytest
 from mpl.errors import ConfigError
 from mpl.launch import local
 
+pytestmark = pytest.mark.slow  # real processes and time-outs
+
 ROOT = pathlib.Path(__file__).parents[2]
 START = """
 import json, os, signal, sys, time
