@@ -146,23 +146,22 @@ def execute(
     ):
         experiment = experiment_class()
         experiment.peers = peers
-        return _execute(experiment, defaults, given, cluster, start)
+        return _execute(experiment, config, defaults, given, cluster, start)
 
 
 def _execute(
     experiment: Experiment,
+    config: RunConfig,
     defaults: Mapping[str, Any],
     given: Mapping[str, Any],
     cluster: distribute.Cluster | None,
     start: str | None,
 ) -> Results:
-    config_class = experiment.Config or RunConfig
-    config = merged(config_class, defaults, given)
     record, facts = None, {}
     path = workdir.find_run(config, experiment.name)
     if path is not None:
         record, facts = workdir.read_flagfile(path), workdir.read_facts(path)
-        config = workdir.go_on(config_class, record, defaults, given)
+        config = workdir.go_on(type(config), record, defaults, given)
     distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
     check_before(experiment, config, path, cluster)
     peers = experiment.peers
