@@ -1,6 +1,11 @@
-"""Set-up of every test process: four logical CPU devices, quiet logs, fixed seeds."""
+"""Set-up of every test process: signals, four logical CPU devices, quiet logs, fixed seeds."""
 
 import os
+import signal
+
+# What a shell starts in the background ignores Ctrl-C, which the tests send.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before TensorFlow is imported; tests that start a subprocess pass these on to it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
