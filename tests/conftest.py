@@ -20,6 +20,14 @@ import tensorflow as tf  # noqa: E402
 
 NUM_DEVICES = 4
 
+# Their thread may hold up the end of an iterator, whenever garbage is collected, by as
+# long as it lived.
+_without_autotune = tf.data.Options()
+_without_autotune.autotune.enabled = False
+_iterator_of = tf.data.Dataset.__iter__
+tf.data.Dataset.__iter__ = lambda dataset: _iterator_of(
+    dataset.with_options(_without_autotune))
+
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * NUM_DEVICES,

@@ -131,7 +131,7 @@ def _available_mb(record: Record) -> float:
 
 def _imports(starts: int, say: Callable[[str], None]) -> Records:
     say("import: tensorflow and mpl in turn")
-    secs = machine.import_secs(max(5, starts))
+    secs = machine.import_secs(max(3, starts))
     return {Run(goals.IMPORT, "", "none", name): Record(first_steps_s=values)
             for name, values in secs.items()}
 

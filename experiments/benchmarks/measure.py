@@ -8,6 +8,7 @@
         milliseconds of a step, in a block of as many steps for all
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -351,32 +352,51 @@ def _keep(
     """Starts the last process of each run, which `stack` will close."""
     say(f"{runs[0].work}: last start of {len(runs)} processes, which are kept")
     workers = {}
-    timed = {run for run in runs if starts[run] == max(starts.values())}
-    others = [run for run in runs if run not in timed]
-    pairs = [others[number : number + 2] for number in range(0, len(others), 2)]
-    for group in [*([run] for run in runs if run in timed), *pairs]:
-        for run in group:
-            workers[run] = stack.enter_context(start(run))
-        for run in group:
-            records[run].side_by_side = str(runs[0])
-            with _noting(records[run]):
-                _begin(workers[run], records[run], run in timed, is_kept=True)
-                records[run].loss = workers[run].ask("loss")["loss"]
+    timed = [run for run in runs if starts[run] == max(starts.values())]
+
+    def begin(run: Run) -> None:
+        worker = workers[run] = stack.enter_context(start(run))
+        records[run].side_by_side = str(runs[0])
+        with _noting(records[run]):
+            _begin(worker, records[run], run in timed, is_kept=True)
+            records[run].loss = worker.ask("loss")["loss"]
+
+    workers: dict[Run, Worker] = {}
+    for run in timed:
+        begin(run)
+    _two_at_a_time(begin, [run for run in runs if run not in timed], workers)
     return {run: workers[run] for run in runs}
+
+
+def _two_at_a_time(
+    function: Callable[[Run], Any], runs: Iterable[Run], workers: Mapping[Run, Worker]
+) -> None:
+    """Calls the function for each run, where nothing is timed."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        try:
+            list(pool.map(function, runs))
+        except BaseException:  # Ctrl-C does not wait for answers
+            for worker in list(workers.values()):
+                worker.process.kill()
+            raise
 
 
 def _ask_once(workers: Mapping[Run, Worker], records: Records) -> None:
     """Asks for what needs no blocks in turn."""
-    counted = set()
-    for run, worker in workers.items():
-        if not records[run].error and run.scaling == "none":
-            with _noting(records[run]):
-                if run.policy not in counted:  # the same for all systems
-                    counted.add(run.policy)
-                    records[run].facts |= worker.ask("flops")
-                saves = worker.ask("checkpoint", count=3)["secs"]
-                records[run].checkpoint_s = saves
-                records[run].predict_ms = worker.ask("predict", count=30)["ms"]
+    whole = [run for run in workers
+             if not records[run].error and run.scaling == "none"]
+    counting = {run.policy: run for run in whole}.values()  # the same for all systems
+
+    def count_flops(run: Run) -> None:
+        with _noting(records[run]):
+            records[run].facts |= workers[run].ask("flops")
+
+    _two_at_a_time(count_flops, counting, workers)
+    for run in whole:
+        with _noting(records[run]):
+            saves = workers[run].ask("checkpoint", count=3)["secs"]
+            records[run].checkpoint_s = saves
+            records[run].predict_ms = workers[run].ask("predict", count=30)["ms"]
 
 
 def _take_blocks(
@@ -388,7 +408,14 @@ def _take_blocks(
     say: Callable[[str], None],
 ) -> None:
     """Times blocks of steps or updates in turn, after one of each to warm up."""
+    def prepare(run: Run) -> None:
+        with _noting(records[run]):
+            workers[run].ask("prepare", count=_MULTIPLES[-1])
+
     secs_each = {}
+    if do == "steps":
+        alive = [run for run in workers if not records[run].error]
+        _two_at_a_time(prepare, alive, workers)
     for run, worker in workers.items():
         if not records[run].error:
             with _noting(records[run]):

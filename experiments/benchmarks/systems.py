@@ -50,6 +50,9 @@ class System:
         self.train(num_steps)
         self.steps += num_steps
 
+    def prepare(self, num_steps: int) -> None:
+        """Traces what blocks of so many steps may need."""
+
     def settle(self, num_steps: int) -> None:
         """Finds out how blocks of so many steps run fastest."""
 
@@ -215,6 +218,10 @@ class KerasFit(System):
             self.model.train_function = self._functions.get(steps_per_execution)
             self.model.fit(data, steps_per_epoch=num_steps, verbose=0)
             self._functions[steps_per_execution] = self.model.train_function
+
+    def prepare(self, num_steps: int) -> None:
+        self._fit(num_steps, num_steps)
+        self.steps += num_steps
 
     def settle(self, num_steps: int) -> None:
         if self.steps_per_call > 1 and num_steps % self.steps_per_call == 0:

@@ -55,6 +55,9 @@ def main() -> None:
 def _reply(
     system: Any, do: str, count: int = 1, settle: bool = False
 ) -> dict[str, Any]:
+    if do == "prepare":
+        system.prepare(count)
+        return {}
     if settle:
         system.settle(count)
     if do == "steps":

@@ -162,6 +162,9 @@ class Pipeline:
         options.deterministic = True
         # Here it is known what to prefetch.
         options.experimental_optimization.inject_prefetch = False
+        if batches.options().autotune.enabled is None:
+            # Its thread may hold up the end of an iterator by as long as it lived.
+            options.autotune.enabled = False
         if self.has_own_threads:
             options.threading.private_threadpool_size = os.cpu_count() or 1
         # Workers split each batch between them, not the files.

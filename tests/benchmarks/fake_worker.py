@@ -42,6 +42,8 @@ for line in sys.stdin:
         case "steps":
             steps += count
             answer("steps", count=count, secs=1e-3 * ms * count)
+        case "prepare":
+            answer("prepare")
         case "update":
             updates = options.get("updates")
             answer("update", count=count, secs=updates and 1e-3 * updates * count)

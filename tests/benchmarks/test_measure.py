@@ -121,7 +121,7 @@ def test_each_start_is_a_fresh_process_and_the_last_is_kept(fake):
     assert records[A].checkpoint_s == [0.25] * 3 and records[A].predict_ms == [1.0] * 30
 
 
-def test_runs_that_start_less_often_start_in_pairs_and_are_not_timed(fake):
+def test_runs_that_start_less_often_start_two_at_a_time_untimed(fake):
     begun = []
     start = fake.start_of()
 
@@ -130,7 +130,7 @@ def test_runs_that_start_less_often_start_in_pairs_and_are_not_timed(fake):
         return start(run)
 
     records = measured(fake, noting, starts={A: 1, B: 2, C: 1})
-    assert begun == [B, B, A, C]
+    assert begun[:2] == [B, B] and set(begun[2:]) == {A, C}
     assert records[B].first_steps_s == [2.0] * 2
     assert records[A].first_steps_s == records[C].builds_s == []
     assert all(records[run].rss_mb and records[run].ms["steps"] for run in (A, B, C))

@@ -302,3 +302,16 @@ def test_only_where_no_code_of_users_runs_may_a_loop_wait_for_a_batch():
     assert threads(arrays) == (True, True)
     assert threads(ArraySource(arrays, lambda batch, seed: batch)) == (False, False)
     assert threads(tf.data.Dataset.from_tensor_slices(arrays)) == (False, False)
+
+
+def test_no_autotuner_holds_up_the_end_of_an_iterator():
+    arrays = {"x": np.zeros([8, 2], np.float32)}
+    dataset = tf.data.Dataset.from_tensor_slices(arrays)
+    asked = tf.data.Options()
+    asked.autotune.enabled = True
+    for examples, enabled in (
+        (arrays, False), (dataset, False), (dataset.with_options(asked), True)
+    ):
+        pipeline = Pipeline(as_source(examples), global_batch_size=4, seed=0,
+                            shuffle=False, repeat=False)
+        assert pipeline.dataset().options().autotune.enabled is enabled
