@@ -1,6 +1,8 @@
 """Variables that a step casts, reduces and updates as one."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +11,8 @@ import tensorflow as tf
 
 from mpl.step import binding as binding_lib
 
-# Elements; slices of a packed bucket begin on such a row. 32 make 64 bytes in 16 bits,
-# the alignment that TensorFlow asks for to slice without a copy.
+# Elements; the variables of one shape begin on such a row of a packed bucket. 32 make
+# 64 bytes in 16 bits, the alignment that TensorFlow asks for to cut without a copy.
 _ROW = 32
 
 
@@ -39,33 +41,44 @@ class Bucket:
     """Variables of one kind, and the variable that is their master.
 
     Attributes:
-      kind, entries: its variables and what they have in common.
+      kind: what they have in common.
+      entries: its variables; if packed, those of one shape stand together.
       variable: the model's own variable, or a buffer `[rows, 32]` if packed.
     """
 
     def __init__(self, kind: Kind, entries: Sequence[binding_lib.ModelVariable]):
         self.kind, self.entries = kind, list(entries)
-        self.variable = self.entries[0].value
-        self._shapes = [entry.value.shape for entry in self.entries]
-        self._rows = [-(-shape.num_elements() // _ROW) for shape in self._shapes]
         if kind.packed:
+            by_shape: dict[tuple, list[binding_lib.ModelVariable]] = {}
+            for entry in entries:
+                by_shape.setdefault(tuple(entry.value.shape), []).append(entry)
+            self.entries = [entry for group in by_shape.values() for entry in group]
+            self._shapes = [(len(group), *shape) for shape, group in by_shape.items()]
+            self._rows = [-(-math.prod(shape) // _ROW) for shape in self._shapes]
             buffer = self.join([value_of(entry.value) for entry in self.entries])
             self.variable = tf.Variable(buffer, trainable=False, name="bucket")
+        else:
+            self.variable = self.entries[0].value
 
     def split(self, packed: Any) -> list:
         """Returns each entry's part of a tensor or array laid out like the bucket."""
         if not self.kind.packed:
             return [packed]
-        if isinstance(packed, np.ndarray):
-            parts = np.split(packed, np.cumsum(self._rows)[:-1])
-            return [part.reshape(-1)[:shape.num_elements()].reshape(shape)
-                    for part, shape in zip(parts, self._shapes)]
-        # One constant for each shape: they take most of the time that tracing takes.
-        shapes = {shape: tf.constant(shape, tf.int32)
-                  for shape in map(tuple, self._shapes)}
-        parts = tf.split(packed, self._rows)
-        return [_cut(part, shape, shapes[tuple(shape)])
-                for part, shape in zip(parts, self._shapes)]
+        parts = list if isinstance(packed, np.ndarray) else tf.unstack
+        return [part for group in self._cut(packed) for part in parts(group)]
+
+    def _cut(self, packed: Any) -> list:
+        """Returns the entries of each shape as `[entries, *shape]`."""
+        arrays, groups = isinstance(packed, np.ndarray), []
+        reshape = np.reshape if arrays else tf.reshape
+        parts = (np.split(packed, np.cumsum(self._rows)[:-1]) if arrays
+                 else tf.split(packed, self._rows))
+        for part, shape in zip(parts, self._shapes):
+            size = math.prod(shape)
+            if size % _ROW:
+                part = reshape(part, [-1])[:size]
+            groups.append(reshape(part, shape))
+        return groups
 
     def slices(self, packed: Any) -> list:
         """Returns `split` of a tensor, whose gradient is one `join`."""
@@ -87,16 +100,15 @@ class Bucket:
         if not self.kind.packed:
             return tf.convert_to_tensor(values[0])
         arrays = all(isinstance(value, np.ndarray) for value in values)
-        zeros, concatenate, reshape, flat = (
-            (np.zeros, np.concatenate, np.reshape, -1) if arrays
-            else (tf.zeros, tf.concat, tf.reshape, tf.constant([-1])))
-        parts, fillings = [], dict[int, Any]()
-        for value, rows, shape in zip(values, self._rows, self._shapes):
-            parts.append(reshape(value, flat))
-            missing = rows * _ROW - shape.num_elements()
-            if missing not in fillings:
-                fillings[missing] = zeros([missing], parts[0].dtype)
-            parts += [fillings[missing]] * bool(missing)
+        stack, concatenate, reshape, zeros = (
+            (np.stack, np.concatenate, np.reshape, np.zeros) if arrays
+            else (tf.stack, tf.concat, tf.reshape, tf.zeros))
+        parts, rest = [], iter(values)
+        for (count, *shape), rows in zip(self._shapes, self._rows):
+            group = list(itertools.islice(rest, count))
+            parts.append(reshape(stack(group) if count > 1 else group[0], [-1]))
+            missing = rows * _ROW - count * math.prod(shape)
+            parts += [zeros([missing], parts[0].dtype)] * bool(missing)
         return reshape(concatenate(parts, 0), [-1, _ROW])
 
     def squares(self, gradient: tf.Tensor) -> tf.Tensor:
@@ -104,23 +116,13 @@ class Bucket:
         squared = tf.square(gradient)
         if not self.kind.packed:
             return tf.reduce_sum(squared)[tf.newaxis]
-        segments = np.repeat(np.arange(len(self._rows)), self._rows).astype(np.int32)
-        # The unsorted form has a static result, which XLA asks for.
-        return tf.math.unsorted_segment_sum(
-            tf.reduce_sum(squared, axis=1), segments, len(self._rows))
+        return tf.concat([tf.reduce_sum(group, list(range(1, group.shape.rank)))
+                          for group in self._cut(squared)], 0)
 
 
 def value_of(variable: tf.Variable) -> Any:
     """Returns a NumPy array where there is one: to cut it costs least."""
     return variable.numpy() if tf.executing_eagerly() else variable.read_value()
-
-
-def _cut(part: tf.Tensor, shape: tf.TensorShape, constant: tf.Tensor) -> tf.Tensor:
-    """Returns the first elements of `part` `[rows, 32]` in a shape; copies nothing."""
-    size = shape.num_elements()
-    if size % _ROW:
-        part = tf.reshape(part, [-1])[:size]
-    return part if part.shape == shape else tf.reshape(part, constant)
 
 
 def buckets_of(

@@ -78,7 +78,7 @@ def test_one_reduction_a_bucket_in_the_order_of_the_backward_pass(
     strategy_of, reductions, settings, buckets, monkeypatch
 ):
     step = models.Step(strategy_of(2), make_model=_stack, **settings)
-    assert _names(step) == buckets
+    assert list(map(sorted, _names(step))) == list(map(sorted, buckets))
     made, gradients_of = [], step.weights.gradients
     monkeypatch.setattr(step.weights, "gradients", lambda *args: (
         made.append(gradients_of(*args)), list(made[-1]))[1])
