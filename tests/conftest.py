@@ -1,4 +1,4 @@
-"""Set-up of every test process: signals, four logical CPU devices, quiet logs, fixed seeds."""
+"""Set-up of every test process: signals, four CPU devices, quiet logs, seeds."""
 
 import os
 import signal

@@ -12,8 +12,8 @@ from experiments.benchmarks import measure
 from experiments.benchmarks.goals import IMPORT, Result, samples
 from experiments.benchmarks.measure import Ratio, Record, Records, Run, ratio_of_medians
 
-# Of the loss; of how far training has moved it.
-_FLOAT32, _16_BIT = (1e-3, 0.1), (5e-2, 0.5)
+# Of the loss after one step and after all; of how far training has moved it.
+_FLOAT32, _16_BIT = (1e-5, 3e-3, 0.1), (2e-2, 5e-2, 0.5)
 _TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
 _COLORS = {"raw": "#4477aa", "keras_fit": "#ee8866", "orbit": "#44aa77"}
 
@@ -22,9 +22,12 @@ def loss_mismatches(records: Records) -> list[str]:
     """Returns a line for each run whose loss is not that of its peers.
 
     The runs of a work, policy and scaling are compared with `raw`, or the first of
-    them. A difference is allowed of 1e-3 of the loss in float32, and of 5e-2 in 16
-    bits, where each operation rounds to two or three digits; and of a tenth (half) of
-    how far training has moved the reference's, so that who did nothing does not pass.
+    them. A difference is allowed after one step of 1e-5 of the loss in float32, and of
+    2e-2 in 16 bits, where each operation rounds to two or three digits. Training
+    amplifies rounding: after `LOSS_STEPS` steps 3e-3 and 5e-2 are allowed (TensorFlow's
+    fused Adam and Keras's, which round differently, are 1.8e-3 apart on ResNet-20), and
+    of a tenth (half) of how far training has moved the reference's, so that who did
+    nothing does not pass.
     """
     lines = []
     for run, record in records.items():
@@ -32,19 +35,20 @@ def loss_mismatches(records: Records) -> list[str]:
         if record.loss is None:
             continue
         reference = next((r for r in peers if r.system == "raw"), peers[0])
-        loss = records[reference].loss
+        first, loss = records[reference].first_loss, records[reference].loss
         assert loss is not None
-        is_float32 = run.policy == "float32"
-        of_loss, of_change = _FLOAT32 if is_float32 else _16_BIT
+        of_first, of_loss, of_change = _FLOAT32 if run.policy == "float32" else _16_BIT
         tolerance = of_loss * abs(loss)
-        first = records[reference].first_loss
-        if first is not None:
+        compared = []
+        if first is not None and record.first_loss is not None:
             tolerance = min(tolerance, of_change * abs(loss - first))
-        if not abs(record.loss - loss) <= tolerance:  # NaN is one, too
-            lines.append(
-                f"LOSSES DIFFER after {measure.LOSS_STEPS} steps: {run} "
-                f"{record.loss:.6g}, {reference.system} {loss:.6g}; "
-                f"allowed: {tolerance:.2g}.")
+            compared = [(1, record.first_loss, first, of_first * abs(first))]
+        compared += [(measure.LOSS_STEPS, record.loss, loss, tolerance)]
+        for steps, own, other, allowed in compared:
+            if not abs(own - other) <= allowed:  # NaN is one, too
+                lines.append(
+                    f"LOSSES DIFFER after {steps} steps: {run} {own:.6g}, "
+                    f"{reference.system} {other:.6g}; allowed: {allowed:.2g}.")
     return lines
 
 
