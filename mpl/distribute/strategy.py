@@ -48,13 +48,12 @@ def get_strategy(
     """
     name, devices = choose(
         name, num_devices, cluster=cluster, tpu=tpu, communication=communication)
-    if name == "tpu":
+    if tpu is not None:
         return tpu_lib.connect(tpu, timeout_secs)
-    if name == "parameter_server":
-        assert cluster
+    if cluster is not None and cluster.has_servers:
         return tf.distribute.ParameterServerStrategy(cluster.resolver)
-    if name == "multi_worker_mirrored":
-        return _multi_worker(cluster, devices, communication, timeout_secs)
+    if cluster is not None:
+        return _multi_worker(cluster, len(devices), communication, timeout_secs)
     if "CPU" in devices[0]:
         _ensure_logical_cpus(len(devices))
     if name == "one_device":
@@ -98,11 +97,12 @@ def choose(
     elif name != "parameter_server":
         name, devices = choose_devices(name, num_devices, num_gpus)
     between_gpus = name in ("mirrored", "multi_worker_mirrored") and num_gpus
-    if communication == "ring" and name != "multi_worker_mirrored" or (
-            communication == "nccl" and not between_gpus):
+    if (communication == "ring" and name != "multi_worker_mirrored"
+            or communication == "nccl" and not between_gpus):
+        on = " on CPUs" if devices and not num_gpus else ""
+        cause = f"`communication` ({communication}) does not go with `strategy` {name}"
         raise ConfigError(
-            f"`communication` ({communication}) does not go with `strategy` {name}"
-            f"{'' if num_gpus else ' on CPUs'}.",
+            f"{cause}{on}.",
             "Use --communication=auto; ring is for several processes, nccl for GPUs.",
         )
     return name, devices
@@ -145,25 +145,30 @@ def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
     return fits
 
 
-def reason(name: str, num_devices: int | None, cluster: Cluster | None) -> str:
+def reason(
+    name: str, num_devices: int | None, cluster: Cluster | None, tpu: str | None = None
+) -> str:
     """Returns why `get_strategy` chose what it did, in a few words."""
     if name != "auto":
         return f"--strategy={name}"
+    if tpu is not None:
+        return f"--tpu={tpu}"
     if cluster is not None:
         return f"a cluster of {sum(map(len, cluster.jobs.values()))} processes"
     if num_devices is not None:
         return f"--num_devices={num_devices}"
-    count = len(tf.config.get_visible_devices("GPU"))
-    return f"GPUs found: {count}" if count else "no GPU was found"
+    if tf.config.get_visible_devices("GPU"):
+        return "all visible GPUs"
+    there = tf.config.list_physical_devices("GPU")
+    return "no GPU is visible" if there else "no GPU was found"
 
 
 def _multi_worker(
-    cluster: Cluster | None, devices: list[str], communication: str, timeout_secs: float
+    cluster: Cluster, num_devices: int, communication: str, timeout_secs: float
 ) -> tf.distribute.Strategy:
-    assert cluster
     gpus = tf.config.get_visible_devices("GPU")
-    if gpus[len(devices):]:
-        tf.config.set_visible_devices(gpus[: len(devices)], "GPU")
+    if len(gpus) > num_devices:
+        tf.config.set_visible_devices(gpus[:num_devices], "GPU")
     kind = tf.distribute.experimental.CommunicationImplementation[communication.upper()]
     options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
     others = [cluster.name(rank) for rank in range(len(cluster.addresses))
@@ -244,7 +249,7 @@ def distribute_dataset(
     if len(devices) == 1 and "CPU" in devices[0].upper():
         return dataset
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        size = next(iter(tf.nest.flatten(dataset.element_spec))).shape[0]
+        size = tf.nest.flatten(dataset.element_spec)[0].shape[0]
         mine = dataset.rebatch(size // len(devices))
         return strategy.distribute_datasets_from_function(lambda _: mine)
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
