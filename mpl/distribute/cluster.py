@@ -97,7 +97,8 @@ def _from_tf_config(text: str) -> Cluster | None:
     for name in [*jobs, job]:
         if name not in JOBS:
             rule = f"`TF_CONFIG` has the job {name!r}; jobs are {', '.join(JOBS)}."
-            remedy = "Leave it out; --mode=continuous_eval evaluates beside training."
+            remedy = ("Correct it or leave it out; --mode=continuous_eval evaluates "
+                      "beside training.")
             raise ClusterError(rule, remedy)
     for name in jobs:
         for address in _key(jobs, name, list, "cluster."):

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from mpl.distribute.strategy import NAMES as STRATEGIES
 from mpl.errors import ConfigError
 from mpl.launch.option import checked, is_option, option, suggestion
 from mpl.precision.policy import get_policy
@@ -16,9 +17,6 @@ EXCLUSIVE = (
 )  # fmt: skip
 TRAINING_MODES = ("train", "train_and_eval", "all")
 MODES = TRAINING_MODES + ("eval", "continuous_eval", "predict", "export")
-STRATEGIES = (
-    "auto", "one_device", "mirrored", "multi_worker_mirrored", "parameter_server", "tpu"
-)  # fmt: skip
 LOWER_IS_BETTER = (
     "loss", "error", "entropy", "divergence", "perplexity", "hinge", "mse", "mae"
 )  # fmt: skip
@@ -227,13 +225,14 @@ class RunConfig:
                     f"`{name}` ({getattr(self, name)}) goes with `mode` {modes} only.",
                     "Leave it out, or use --mode=predict.",
                 )
-        stop = parse_early_stop(self.early_stop) if self.early_stop else None
-        if stop and self.mode == "train":
-            raise ConfigError(
-                f"`early_stop` ({self.early_stop}) needs evaluations, and `mode` "
-                "(train) makes none.",
-                "Use --mode=train_and_eval, or --early_stop=none.",
-            )
+        if self.early_stop is not None:
+            parse_early_stop(self.early_stop)
+            if self.mode == "train":
+                raise ConfigError(
+                    f"`early_stop` ({self.early_stop}) needs evaluations, and `mode` "
+                    "(train) makes none.",
+                    "Use --mode=train_and_eval, or --early_stop=none.",
+                )
 
     def changes_math(self, field: dataclasses.Field) -> bool:
         """Says whether another value of the field changes what training computes."""

@@ -13,7 +13,9 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
+from mpl.distribute.devices import describe_cpu
 from mpl.experiment import Experiment
+from mpl.launch import workdir
 
 FILE = "jit_compile.json"
 # Of training that is left. Compiling takes seconds to minutes and cannot be broken off:
@@ -131,21 +133,24 @@ class JitTrial:
 
 def trial_of(experiment: Experiment, path: str) -> JitTrial | None:
     """Returns the trial of a run in its folder; None where nothing is to be tried."""
-    config, replicas = experiment.config, experiment.strategy.num_replicas_in_sync
-    own_step = type(experiment).train_step is not Experiment.train_step
+    config, strategy = experiment.config, experiment.strategy
     if config.jit_compile != "auto":
         return None
+    replicas = strategy.num_replicas_in_sync
     obstacles = {
-        f"{replicas} replicas": replicas > 1, "its own `train_step`": own_step,
+        f"{replicas} replicas": replicas > 1,
+        "its own `train_step`":
+            type(experiment).train_step is not Experiment.train_step,
         "parameter servers": isinstance(
-            experiment.strategy, tf.distribute.ParameterServerStrategy),
-        "a TPU": isinstance(experiment.strategy, tf.distribute.TPUStrategy),
+            strategy, tf.distribute.ParameterServerStrategy),
+        "a TPU": isinstance(strategy, tf.distribute.TPUStrategy),
         "--debug_eager": config.debug_eager, "--deterministic": config.deterministic,
     }  # fmt: skip
     if found := [what for what, is_there in obstacles.items() if is_there]:
         _say(False, f"because of {found[0]}")
         return None
-    file, key, choices = os.path.join(path, FILE), _key(experiment), dict[str, Any]()
+    file, key = os.path.join(path, FILE), _key(experiment)
+    choices: dict[str, Any] = {}
     with contextlib.suppress(OSError, tf.errors.OpError, ValueError):
         with tf.io.gfile.GFile(file) as text:
             choices = json.loads(text.read())
@@ -153,9 +158,7 @@ def trial_of(experiment: Experiment, path: str) -> JitTrial | None:
     def remember(switches: list, why: str) -> None:
         choices[key] = {"switches": switches, "why": why}
         try:
-            with tf.io.gfile.GFile(file + ".new", "w") as text:
-                text.write(json.dumps(choices, indent=1))
-            tf.io.gfile.rename(file + ".new", file, overwrite=True)
+            workdir.replace(file, json.dumps(choices, indent=1))
         except (OSError, tf.errors.OpError) as error:
             logging.warning("%s is not written: %s", file, error)
 
@@ -175,12 +178,9 @@ def _key(experiment: Experiment) -> str:
     shapes = "\n".join(f"{entry.key} {entry.value.shape}" for entry in entries)
     model, config = hashlib.sha256(shapes.encode()).hexdigest()[:16], experiment.config
     batch = f"batch {config.global_batch_size} in {config.accumulate_steps}"
-    gpus = tf.config.list_physical_devices("GPU")
-    details = map(tf.config.experimental.get_device_details, gpus)
-    names = [str(detail.get("device_name")) for detail in details]
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpus:
-        lines = [line.split(":") for line in cpus if line.startswith("model name")]
-        names = names or [words[-1].strip() for words in lines]
-    device = f"{len(names)} × {', '.join(sorted(set(names)))}"
+    device = describe_cpu()
+    if gpus := tf.config.get_visible_devices("GPU"):  # one replica takes the first
+        details = tf.config.experimental.get_device_details(gpus[0])
+        device = str(details.get("device_name"))
     version = f"TensorFlow {tf.__version__}"
     return "; ".join([device, version, experiment.policy.name, batch, f"model {model}"])

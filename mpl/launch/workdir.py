@@ -28,13 +28,12 @@ PER_COMMAND = (
 )  # fmt: skip
 
 
-def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None:
+def find_run(config: RunConfig, experiment: str) -> str | None:
     """Returns the folder of the run that a command goes on with; None: a new run.
 
     Args:
         config: settings, of which `mode`, `workdir` and `resume` count.
         experiment: its name.
-        runs: folder of all runs whose folder is not given by hand.
 
     Raises:
         ConfigError: the command needs a run, and there is none, or the folder is one
@@ -43,7 +42,7 @@ def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None
     new = config.mode in TRAINING_MODES and not config.resume
     if config.workdir is None and new:
         return None
-    path = config.workdir or os.path.join(runs, experiment, LATEST)
+    path = config.workdir or os.path.join(RUNS, experiment, LATEST)
     if tf.io.gfile.exists(os.path.join(path, FLAGFILE)):
         if config.workdir is None and os.path.islink(path):
             path = os.path.join(os.path.dirname(path), os.readlink(path))
@@ -82,44 +81,34 @@ def check_writable(path: str) -> None:
         raise _unwritable(path, error) from error
 
 
-def create(
-    workdir: str | None,
-    experiment: str,
-    *,
-    now: datetime.datetime | None = None,
-    runs: str = RUNS,
-) -> str:
+def create(workdir: str | None, experiment: str) -> str:
     """Makes the folder of a run and returns it.
 
     Args:
-        workdir: the folder, which may exist; None: a new `<runs>/<experiment>/<time>`,
+        workdir: the folder, which may exist; None: a new `runs/<experiment>/<time>`,
             with `latest` beside it pointing to it.
         experiment: its name.
-        now: time of the start; None: the clock's.
-        runs: folder of all runs.
 
     Raises:
         ConfigError: the folder cannot be made.
     """
+    folder = os.path.join(RUNS, experiment)
     try:
         if workdir is not None:
             tf.io.gfile.makedirs(workdir)
             return workdir
-        stamp = f"{now or datetime.datetime.now():%Y%m%d-%H%M%S}"
+        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
         for number in itertools.count():
-            path = os.path.join(runs, experiment, stamp + (f"-{number}" * bool(number)))
-            try:
-                os.makedirs(path)  # fails if another run took the name first
+            path = os.path.join(folder, stamp + (f"-{number}" * bool(number)))
+            with contextlib.suppress(FileExistsError):  # another run took the name
+                os.makedirs(path)
                 break
-            except FileExistsError:
-                continue
         # Replacing a link is atomic, so that `latest` exists at any time.
-        link = os.path.join(runs, experiment, LATEST)
         os.symlink(os.path.basename(path), path + ".link")
-        os.replace(path + ".link", link)
+        os.replace(path + ".link", os.path.join(folder, LATEST))
         return path
     except (OSError, tf.errors.OpError) as error:
-        raise _unwritable(workdir or os.path.join(runs, experiment), error) from error
+        raise _unwritable(workdir or folder, error) from error
 
 
 def _unwritable(path: str, error: Exception) -> ConfigError:
@@ -164,10 +153,15 @@ def write_flagfile(workdir: str, config: RunConfig, facts: Mapping = {}) -> str:
         if field.name not in PER_COMMAND
     ]
     path = os.path.join(workdir, FLAGFILE)
-    with tf.io.gfile.GFile(path + ".new", "w") as file:
-        file.write("".join(lines))
-    tf.io.gfile.rename(path + ".new", path, overwrite=True)
+    replace(path, "".join(lines))
     return path
+
+
+def replace(path: str, text: str) -> None:
+    """Writes a file so that readers see the old text or the new one, never a part."""
+    with tf.io.gfile.GFile(path + ".new", "w") as file:
+        file.write(text)
+    tf.io.gfile.rename(path + ".new", path, overwrite=True)
 
 
 def read_flagfile(workdir: str) -> dict[str, str]:

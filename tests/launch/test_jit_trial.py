@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
+from mpl.distribute import devices
 from mpl.launch import jit_trial
 from mpl.record.checkpoint import Checkpoints
 
@@ -252,6 +253,19 @@ def test_a_choice_is_remembered_for_its_model_and_device(
     assert switches() == []
     (tmp_path / jit_trial.FILE).write_text("{")
     assert switches() == []
+
+
+def test_the_device_of_a_choice_is_the_one_that_trains(strategy_of, monkeypatch):
+    """Not one that is there and hidden: --visible_devices=cpu, or =1."""
+    experiment, there = prepared(Line, strategy_of(1)), ["H200", "T4"]
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: there)
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda gpu: {"device_name": gpu})
+    keys = []
+    for visible in (there, ["H200"], ["T4"], []):
+        monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: visible)
+        keys.append(jit_trial._key(experiment).split("; ")[0])
+    assert keys == ["H200", "H200", "T4", devices.describe_cpu()]
 
 
 def test_a_folder_that_takes_no_file_is_no_error(strategy_of, tmp_path, monkeypatch):
