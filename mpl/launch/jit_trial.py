@@ -114,7 +114,8 @@ class JitTrial:
         try:
             compilation = yield True, 1
         except Exception as error:
-            return self._decide(False, f"XLA failed: {str(error).splitlines()[0]}")
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            return self._decide(False, f"XLA failed: {reason}")
         times: dict[bool, list[float]] = {True: [], False: []}
         for number in range(2 * _PARTS):
             kind = number % 2 == 0

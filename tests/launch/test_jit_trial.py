@@ -150,6 +150,22 @@ def test_the_end_of_a_part_before_its_time_ends_the_block():
     assert trial.train(stops_after_three, 20) == 3
 
 
+def test_xla_may_fail_without_a_word():
+    experiment, train = fake(10_000)
+    experiment.trainer.reset_iterator = lambda position: None
+    trial = Timed(experiment, 0.1, 0.25)
+
+    def fails(count):
+        if experiment.trainer.variant == "compiled":
+            raise NotImplementedError
+        train(count)
+
+    for _ in range(3):
+        assert trial.train(fails, 20) == 20
+    (switches, why), = trial.remembered
+    assert why == "XLA failed: NotImplementedError" and not switches[-1][1]
+
+
 def test_an_error_of_training_is_raised():
     experiment, _ = fake(10_000)
     trial = jit_trial.JitTrial(experiment)
