@@ -436,6 +436,13 @@ def test_the_topology_of_a_tpu(machine):
     assert lines[-1] == "Strategy  TPUStrategyV2, 32 replicas on 32 TPUs: --tpu=pod"
 
 
+def test_a_chief_without_gpus_tells_those_of_its_workers(machine):
+    machine()
+    strategy = _strategy("/device:GPU:0", kind="ParameterServerStrategyV2")
+    assert report(strategy, "tried").splitlines()[-1] == (
+        "Strategy  ParameterServerStrategyV2, 1 replica on GPU 0: tried")
+
+
 def test_a_strategy_of_several_processes_tells_its_own_devices(machine):
     machine(["Tesla T4"] * 2)
     strategy = object.__new__(tf.distribute.MultiWorkerMirroredStrategy)
