@@ -386,27 +386,22 @@ def _check(
     reduce_dtype: Any,
 ) -> None:
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
-        raise errors.ConfigError(
-            f"`clip_norm` ({clip_norm}) must be positive and finite.",
-            "Use a number such as 1.0, or None not to clip.",
-        )
+        cause = f"`clip_norm` ({clip_norm}) must be positive and finite."
+        remedy = "Use a number such as 1.0, or None not to clip."
+        raise errors.ConfigError(cause, remedy)
     if ema_decay is not None and not 0 < ema_decay < 1:
-        raise errors.ConfigError(
-            f"`ema_decay` ({ema_decay}) must lie between 0 and 1.",
-            "Use a number such as 0.999, or None for no averages.",
-        )
+        cause = f"`ema_decay` ({ema_decay}) must lie between 0 and 1."
+        remedy = "Use a number such as 0.999, or None for no averages."
+        raise errors.ConfigError(cause, remedy)
     if not 0 < nominal_weight < float("inf"):
-        raise errors.ConfigError(
-            f"`nominal_weight` ({nominal_weight}) must be positive and finite.",
-            "Use the global batch size, or 1.0.",
-        )
+        cause = f"`nominal_weight` ({nominal_weight}) must be positive and finite."
+        raise errors.ConfigError(cause, "Use the global batch size, or 1.0.")
     with contextlib.suppress(TypeError):  # it names no dtype
         if reduce_dtype == "compute" or tf.as_dtype(reduce_dtype).is_floating:
             return
-    raise errors.ConfigError(
-        f"`reduce_dtype` ({reduce_dtype}) must be a floating dtype or 'compute'.",
-        "Use float32, or 'compute' to sum 16-bit gradients in 16 bits.",
-    )
+    cause = f"`reduce_dtype` ({reduce_dtype}) must be a floating dtype or 'compute'."
+    remedy = "Use float32, or 'compute' to sum 16-bit gradients in 16 bits."
+    raise errors.ConfigError(cause, remedy)
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
