@@ -22,6 +22,7 @@ FILE = "jit_compile.json"
 # a minute is won back here by steps that are a tenth faster.
 REPAYS_SECS = 600.0
 _PART_SECS, _PARTS, _GAIN = 1.0, 5, 0.95
+_Parts = Generator[tuple[bool, int], float, None]
 
 
 class JitTrial:
@@ -49,9 +50,9 @@ class JitTrial:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._experiment, self._remember, self._clock = experiment, remember, clock
-        self._switches, self._step = list(switches or [(0, False)]), 0
-        self._trial = None if switches else self._try()
-        self._part = next(self._trial) if self._trial else (False, 0)
+        self._switches, self._step = list(switches), int(experiment.global_step)
+        self._parts = self._plan()
+        self._part = next(self._parts)
 
     def train(self, train: Callable[[int], Any], num_steps: int) -> int:
         """Runs a block of steps in parts of one kind; returns how many were made.
@@ -64,17 +65,14 @@ class JitTrial:
         self._step = first = int(global_step)
         ahead, end = int(trainer.position) - first, first + num_steps
         while self._step < end:
-            compiled, most = self._part if self._trial else self._known()
-            if self._trial:
-                self._switch(compiled)
+            compiled, most = self._part
+            self._switch(compiled)
             count, start = min(most, end - self._step), self._clock()
             trainer.variant = "compiled" if compiled else ""
             try:
                 train(count)
             except Exception as error:
-                if self._trial is None:
-                    raise
-                self._go_on(self._trial.throw, error)  # raises what the trial does not
+                self._part = self._parts.throw(error)  # raises what the trial does not
                 global_step.assign(self._step)  # take; else the step is run again
                 trainer.reset_iterator(self._step + ahead)
                 continue
@@ -83,48 +81,46 @@ class JitTrial:
             self._step += trainer.steps_done
             if trainer.steps_done < count:
                 break
-            if self._trial:
-                self._go_on(self._trial.send, (self._clock() - start) / count)
+            self._part = self._parts.send((self._clock() - start) / count)
         return self._step - first
 
-    def _go_on(self, resume: Callable, value: Any) -> None:
-        try:
-            self._part = resume(value)
-        except StopIteration:
-            self._trial = None
-
-    def _known(self) -> tuple[bool, int]:
-        """Returns what the switches say of the next steps, and of how many."""
-        compiled = [kind for step, kind in self._switches if step <= self._step][-1]
-        coming = [step for step, _ in self._switches if step > self._step]
-        return compiled, min(coming, default=sys.maxsize) - self._step
-
-    def _switch(self, compiled: bool) -> None:
-        if compiled != self._switches[-1][1]:
-            self._switches.append((self._step, compiled))
-
-    def _try(self) -> Generator[tuple[bool, int], float, None]:
+    def _plan(self) -> _Parts:
         """Yields kind and most steps of each part, and is sent its seconds a step."""
+        if not self._switches:
+            self._switches = [(0, False)]
+            yield from self._try()
+        while True:
+            coming = [step for step, _ in self._switches if step > self._step]
+            yield self._kind(), min(coming, default=sys.maxsize) - self._step
+
+    def _try(self) -> _Parts:
         yield False, sys.maxsize  # traced in it
         secs = yield False, sys.maxsize
         left = (self._experiment.train_steps - self._step) * secs
         if left < REPAYS_SECS:
-            _say(False, f"the {left:.0f} s left would not repay a trial")
-            return
+            return _say(False, f"the {left:.0f} s left would not repay a trial")
         try:
             compilation = yield True, 1
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             return self._decide(False, f"XLA failed: {reason}")
         times: dict[bool, list[float]] = {True: [], False: []}
-        for number in range(2 * _PARTS):
-            kind = number % 2 == 0
-            times[kind].append((yield kind, max(1, round(_PART_SECS / secs))))
+        for _ in range(_PARTS):
+            for kind in times:
+                times[kind].append((yield kind, max(1, round(_PART_SECS / secs))))
         ms = {kind: 1e3 * statistics.median(each) for kind, each in times.items()}
         self._decide(
             ms[True] <= _GAIN * ms[False],
             f"{ms[True]:.4g} ms a step compiled, {ms[False]:.4g} uncompiled, "
             f"{compilation:.1f} s of compilation")
+
+    def _kind(self) -> bool:
+        """Says whether this step is compiled by the switches made so far."""
+        return [kind for step, kind in self._switches if step <= self._step][-1]
+
+    def _switch(self, compiled: bool) -> None:
+        if compiled != self._kind():
+            self._switches.append((self._step, compiled))
 
     def _decide(self, compiled: bool, why: str) -> None:
         self._switch(compiled)
