@@ -111,8 +111,7 @@ def _from_tf_config(text: str) -> Cluster | None:
         raise ClusterError(
             f"`TF_CONFIG` has the task {job} {index}, which is not in its cluster of "
             f"{counts}.",
-            "Count the tasks of a job from 0, and list the addresses of all.",
-        )
+            "Count the tasks of a job from 0, and list the addresses of all.")
     return _checked(Cluster(jobs, job, index), "TF_CONFIG")
 
 

@@ -51,11 +51,8 @@ def define(
 
 
 def parse(
-    config_class: type[RunConfig],
-    argv: Sequence[str],
-    *,
-    defaults: Mapping[str, Any] = {},
-    program: str = "python <file>",
+    config_class: type[RunConfig], argv: Sequence[str], *,
+    defaults: Mapping[str, Any] = {}, program: str = "python <file>",
     description: str = "",
 ) -> dict[str, Any]:
     """Reads a command line.

@@ -49,8 +49,7 @@ def find_run(config: RunConfig, experiment: str) -> str | None:
         if (owner := read_facts(path).get("experiment", experiment)) != experiment:
             raise ConfigError(
                 f"`workdir` ({path}) holds a run of {owner}, not of {experiment}.",
-                "Give another folder: --workdir=<folder>.",
-            )
+                "Give another folder: --workdir=<folder>.")
         return path
     if new:
         if tf.io.gfile.exists(os.path.join(path, "checkpoints")):
@@ -59,8 +58,7 @@ def find_run(config: RunConfig, experiment: str) -> str | None:
     what = "`resume`" if config.mode in TRAINING_MODES else f"`mode` ({config.mode})"
     raise ConfigError(
         f"{what} needs a run of {experiment}, and `workdir` ({path}) holds none.",
-        "Train first (--mode=train_and_eval), or name its folder: --workdir=<folder>.",
-    )
+        "Train first (--mode=train_and_eval), or name its folder: --workdir=<folder>.")
 
 
 def check_writable(path: str) -> None:
@@ -115,8 +113,7 @@ def _unwritable(path: str, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
     return ConfigError(
         f"`workdir` ({path}) must be a folder that takes files: {reason}.",
-        "Give another folder: --workdir=<folder>.",
-    )
+        "Give another folder: --workdir=<folder>.")
 
 
 def lock(workdir: str) -> contextlib.AbstractContextManager:
@@ -201,10 +198,8 @@ class Change(typing.NamedTuple):
 
 
 def go_on(
-    config_class: type[RunConfig],
-    record: Mapping[str, str],
-    defaults: Mapping[str, Any],
-    given: Mapping[str, Any],
+    config_class: type[RunConfig], record: Mapping[str, str],
+    defaults: Mapping[str, Any], given: Mapping[str, Any],
 ) -> RunConfig:
     """Makes the config with which a run goes on, and prints what it changes.
 
@@ -227,13 +222,13 @@ def go_on(
     old = {name: read(fields[name], record[name]) for name in record if name in fields}
     new = {n: v for n, v in given.items() if (n, v) != ("policy", "auto")}
     config = merged(config_class, defaults, old, new)
-    changes = [
-        Change(name, record[name], written(value), config.changes_math(fields[name]))
-        for name in old
-        if (value := getattr(config, name)) != old[name]
-    ]
-    gone = [n for n in record if n not in fields]
-    changes += [Change(name, record[name], "(no such flag)", True) for name in gone]
+    changes = []
+    for name, text in record.items():
+        if name not in fields:
+            changes.append(Change(name, text, "(no such flag)", True))
+        elif (value := getattr(config, name)) != old[name]:
+            matters = config.changes_math(fields[name])
+            changes.append(Change(name, text, written(value), matters))
     accept(config, changes)
     return config
 
@@ -250,7 +245,6 @@ def accept(config: RunConfig, changes: Sequence[Change]) -> None:
         raise ConfigError(
             f"What changes the mathematics differs from the run's: {matter}.",
             "Leave them out to go on as before, add --allow_changed_flags to go on "
-            "with them, or train in another --workdir.",
-        )
+            "with them, or train in another --workdir.")
     for change in changes:
         print(f"Changed since the run began: {change}")

@@ -274,8 +274,7 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
         raise ConfigError(
             f"`loss_scale` ({shown}) is dynamic, which float16 needs; a TPU computes "
             "in bfloat16, which needs none.",
-            "Use --policy=mixed_bfloat16 with --loss_scale=auto.",
-        )
+            "Use --policy=mixed_bfloat16 with --loss_scale=auto.")
     strategy = tf.distribute.get_strategy()
     if not isinstance(strategy, tf.distribute.ParameterServerStrategy):
         return loss_scale
@@ -284,8 +283,7 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
         return StaticLossScale(1024)
     raise ConfigError(
         f"`loss_scale` ({shown}) is dynamic, which parameter servers do not allow.",
-        "Use --loss_scale=1024, or another power of two.",
-    )
+        "Use --loss_scale=1024, or another power of two.")
 
 
 def _named(name: Any, policy: Policy | None) -> LossScale:

@@ -70,8 +70,7 @@ class Policy:
             return f"mixed_{compute.name}"
         raise ConfigError(
             f"`policy` ({self.name}) is none that Keras layers can have.",
-            "Let params equal compute, or take float32 params and 16-bit compute.",
-        )
+            "Let params equal compute, or take float32 params and 16-bit compute.")
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Makes Keras layers created inside follow this policy (`native`: as set).
@@ -103,8 +102,7 @@ class Policy:
             if not any(re.search(pattern, path) for path in paths):
                 raise ConfigError(
                     f"`overrides` ({pattern!r}) matches the path of no layer.",
-                    f"The paths are: {', '.join(paths)}.",
-                )
+                    f"The paths are: {', '.join(paths)}.")
             for path, layer in zip(paths, layers):
                 if re.search(pattern, path):
                     layers_lib.set_dtype_policy(layer, name)
