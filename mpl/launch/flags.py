@@ -31,11 +31,6 @@ class _Parser(flags.ArgumentParser):
         return read(self.field, argument) if isinstance(argument, str) else argument
 
 
-class _Serializer(flags.ArgumentSerializer):
-    def serialize(self, value):
-        return written(value)
-
-
 def define(
     config_class: type[RunConfig], defaults: Mapping[str, Any] = {}
 ) -> flags.FlagValues:
@@ -43,7 +38,7 @@ def define(
     values = flags.FlagValues()
     for field in fields_of(config_class):
         flag = flags.Flag(
-            _Parser(field=field), _Serializer(), field.name,
+            _Parser(field=field), None, field.name,  # nothing serializes it
             defaults.get(field.name, field.default), field.metadata["help"],
             boolean=kinds(field) == {bool})
         flags.DEFINE_flag(flag, values, module_name=config_class.__module__)
