@@ -10,7 +10,6 @@ from mpl.distribute.peers import Peers, joined
 from mpl.distribute.strategy import (
     check_batch,
     choose,
-    choose_name,
     distribute_dataset,
     get_strategy,
     reason,
@@ -22,7 +21,6 @@ __all__ = [
     "check_batch",
     "check_server_settings",
     "choose",
-    "choose_name",
     "configure",
     "coordinating",
     "distribute_dataset",

@@ -97,7 +97,8 @@ def _from_tf_config(text: str) -> Cluster | None:
     for name in [*jobs, job]:
         if name not in JOBS:
             rule = f"`TF_CONFIG` has the job {name!r}; jobs are {', '.join(JOBS)}."
-            remedy = "Leave it out; --mode=continuous_eval evaluates beside training."
+            remedy = ("Correct it or leave it out; --mode=continuous_eval evaluates "
+                      "beside training.")
             raise ClusterError(rule, remedy)
     for name in jobs:
         for address in _key(jobs, name, list, "cluster."):
@@ -110,8 +111,7 @@ def _from_tf_config(text: str) -> Cluster | None:
         raise ClusterError(
             f"`TF_CONFIG` has the task {job} {index}, which is not in its cluster of "
             f"{counts}.",
-            "Count the tasks of a job from 0, and list the addresses of all.",
-        )
+            "Count the tasks of a job from 0, and list the addresses of all.")
     return _checked(Cluster(jobs, job, index), "TF_CONFIG")
 
 
@@ -164,8 +164,8 @@ def _from_kubernetes(selector: str, node_ip: str | None) -> Cluster | None:
         where = ", ".join(addresses) or "there are none"
         cause = f"`NODE_IP` ({node_ip}) is no address of a pod's node: {where}."
         raise ClusterError(cause, remedy)
-    count = int(os.environ.get("WORKERS", max(2, len(addresses))))
-    if len(addresses) != count:
+    count = os.environ.get("WORKERS") or str(max(2, len(addresses)))
+    if count != str(len(addresses)):
         cause = f"`KUBERNETES_SELECTOR` lists {len(addresses)} of {count} pods."
         raise ClusterError(cause, "Start again when all are there, or correct WORKERS.")
     return _checked(Cluster({"worker": addresses}, "worker", addresses.index(own)),
@@ -181,9 +181,7 @@ def _checked(cluster: Cluster, source: str) -> Cluster | None:
         raise ClusterError(rule, "Give each a host and port of its own.")
     if len(cluster.jobs.get("chief", ())) > 1:
         raise ClusterError(f"`{source}` has several chiefs.", "Have one chief at most.")
-    if cluster.has_servers and not (
-        cluster.jobs.get("chief") and cluster.jobs.get("worker")
-    ):
+    if cluster.has_servers and not {"chief", "worker"} <= cluster.jobs.keys():
         rule = f"`{source}` has parameter servers, and lacks a chief or workers."
         raise ClusterError(rule, "Add one chief, which coordinates, and workers.")
     return cluster if len(everyone) > 1 else None

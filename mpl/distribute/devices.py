@@ -24,7 +24,6 @@ _CPU_FEATURES = {
 # The oldest driver for each CUDA, by the release notes of NVIDIA's CUDA Toolkit.
 _OLDEST_DRIVER = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
 _INSTALL = "Run pip install 'tensorflow[and-cuda]'"
-_NAMED = 8  # so many devices of a strategy are listed by number
 
 
 def configure(visible_devices: str | None, gpu_memory_limit_mb: int | None) -> None:
@@ -54,7 +53,7 @@ def configure(visible_devices: str | None, gpu_memory_limit_mb: int | None) -> N
     if numbers != [] and not gpus:
         if given:
             raise _no_gpu(f"{given[0]} asks for a GPU")
-        if not _is_hiding(_mask()) and _machine_has_gpus():
+        if not _is_hiding(_mask()) and (any(_DRIVER_GPUS.glob("*")) or nvidia_smi()):
             raise _no_gpu("The machine has NVIDIA GPUs")
     if numbers and numbers[-1] >= len(gpus):
         raise ConfigError(
@@ -65,9 +64,10 @@ def configure(visible_devices: str | None, gpu_memory_limit_mb: int | None) -> N
         if numbers is not None:
             tf.config.set_visible_devices([gpus[number] for number in numbers], "GPU")
         visible = tf.config.get_visible_devices("GPU")
-        for gpu in visible if gpu_memory_limit_mb is not None else ():
-            tf.config.set_logical_device_configuration(
-                gpu, [tf.config.LogicalDeviceConfiguration(gpu_memory_limit_mb)])
+        if gpu_memory_limit_mb is not None:
+            limit = tf.config.LogicalDeviceConfiguration(gpu_memory_limit_mb)
+            for gpu in visible:
+                tf.config.set_logical_device_configuration(gpu, [limit])
     except RuntimeError as error:
         raise ConfigError(
             f"{' and '.join(given)} differs from how TensorFlow's devices are set up; "
@@ -85,8 +85,10 @@ def configure(visible_devices: str | None, gpu_memory_limit_mb: int | None) -> N
 
 def _parse(visible_devices: str | None) -> list[int] | None:
     """Returns the numbers in TensorFlow's order, which ascends whatever is given."""
-    if visible_devices is None or visible_devices == "cpu":
-        return None if visible_devices is None else []
+    if visible_devices is None:
+        return None
+    if visible_devices == "cpu":
+        return []
     words = [word.strip() for word in visible_devices.split(",")]
     numbers = {int(word) for word in words if re.fullmatch("[0-9]+", word)}
     if len(numbers) == len(words):
@@ -129,13 +131,6 @@ def _mask() -> str | None:
 def _is_hiding(mask: str | None) -> bool:
     """Whether CUDA_VISIBLE_DEVICES is meant to hide all GPUs: -1, or nothing."""
     return mask is not None and not re.match("[0-9]|GPU-|MIG-", mask.strip())
-
-
-def _machine_has_gpus() -> bool:
-    with contextlib.suppress(OSError):
-        if any(_DRIVER_GPUS.iterdir()):
-            return True
-    return bool(nvidia_smi())
 
 
 def nvidia_smi() -> list[tuple[str, ...]]:
@@ -203,16 +198,18 @@ def report(strategy: tf.distribute.Strategy, why: str) -> str:
         strategy: what was chosen.
         why: the reason, in a few words.
     """
-    rows, devices = [*_gpu_rows()], strategy.extended.worker_devices
-    if "TPU:" in devices[0]:
-        hosts = len({device.rpartition("/device:")[0] for device in devices})
+    names, count = strategy.extended.worker_devices, strategy.num_replicas_in_sync
+    devices = [tf.DeviceSpec.from_string(name) for name in names]
+    replicas = f"{count} replica{'s' * (count > 1)}{', here' * (count != len(devices))}"
+    rows = list(_gpu_rows())
+    if devices[0].device_type == "TPU":
+        hosts = len({device.task for device in devices})
         rows.append(("TPU", f"{len(devices)} cores, {len(devices) // hosts} a host"))
-    cpuinfo = _CPUINFO.read_text(encoding="utf-8") if _CPUINFO.exists() else ""
     rows += [
-        ("CPU", describe_cpu(cpuinfo, os.cpu_count() or 1)),
+        ("CPU", describe_cpu()),
         ("Versions", f"TensorFlow {tf.__version__}, Keras {keras.__version__}, Python "
                      f"{platform.python_version()}"),
-        ("Strategy", f"{_describe(strategy)}: {why}"),
+        ("Strategy", f"{_name(strategy)}, {replicas} on {_places(devices)}: {why}"),
     ]  # fmt: skip
     return "\n".join(f"{label:10}{text}" for label, text in rows)
 
@@ -253,34 +250,31 @@ def _use(gpu: tf.config.PhysicalDevice) -> str:
     return "memory as needed" if grows else "all memory"
 
 
-def describe_cpu(cpuinfo: str, cores: int) -> str:
-    """Returns the processor's name, its cores and what it has for 16-bit types.
-
-    Args:
-        cpuinfo: the text of /proc/cpuinfo; may be empty.
-        cores: how many there are.
-    """
+def describe_cpu() -> str:
+    """Returns the processor's name, its cores and what it has for 16-bit types."""
+    cpuinfo = _CPUINFO.read_text(encoding="utf-8") if _CPUINFO.exists() else ""
     fields = dict(re.findall(r"^(model name|flags)\s*: (.*)$", cpuinfo, re.M))
     name = fields.get("model name") or platform.processor() or platform.machine()
-    flags = fields.get("flags", "").split()
+    flags, cores = fields.get("flags", "").split(), os.cpu_count() or 1
     has = [shown for flag, shown in _CPU_FEATURES.items() if flag in flags]
     return ", ".join([name.strip(), f"{cores} core{'s' * (cores > 1)}", *has])
 
 
-def _describe(strategy: tf.distribute.Strategy) -> str:
-    """Says what the strategy is called, how many replicas it has and where."""
+def _name(strategy: tf.distribute.Strategy) -> str:
+    """Returns a strategy's public name; some classes have another of their own."""
     public = (name for name in dir(tf.distribute)
               if getattr(tf.distribute, name) is type(strategy))  # fmt: skip
-    name, count = next(public, type(strategy).__name__), strategy.num_replicas_in_sync
-    devices = strategy.extended.worker_devices
-    kind = devices[0].split(":")[-2].rpartition("/")[2]
-    places = [device.rpartition(":")[2] for device in devices]
+    return next(public, type(strategy).__name__)
+
+
+def _places(devices: list[tf.DeviceSpec]) -> str:
+    """Returns `GPU 0, 2`, by the numbers of the table; of many how many there are."""
+    kind, numbers = devices[0].device_type, [device.device_index for device in devices]
     if kind == "GPU":  # strategies count the visible ones alone
-        gpus = tf.config.list_physical_devices("GPU")
+        gpus = enumerate(tf.config.list_physical_devices("GPU"))
         visible = tf.config.get_visible_devices("GPU")
-        numbers = dict(enumerate(n for n, gpu in enumerate(gpus) if gpu in visible))
-        places = [str(numbers.get(int(place), place)) for place in places]
-    few = len(places) <= _NAMED
-    on = f"{kind} {', '.join(places)}" if few else f"{len(places)} {kind}s"
-    here = "" if count == len(places) else ", here"
-    return f"{name}, {count} replica{'s' * (count > 1)}{here} on {on}"
+        own = [number for number, gpu in gpus if gpu in visible]
+        numbers = own[:len(numbers)] or numbers  # a chief without has its workers'
+    if len(numbers) > 8:
+        return f"{len(numbers)} {kind}s"
+    return f"{kind} {', '.join(map(str, numbers))}"

@@ -20,13 +20,9 @@ _START_A_CLUSTER = (
 
 
 def get_strategy(
-    name: str = "auto",
-    num_devices: int | None = None,
-    *,
-    cluster: Cluster | None = None,
-    tpu: str | None = None,
-    communication: str = "auto",
-    timeout_secs: float = 300.0,
+    name: str = "auto", num_devices: int | None = None, *,
+    cluster: Cluster | None = None, tpu: str | None = None,
+    communication: str = "auto", timeout_secs: float = 300.0,
 ) -> tf.distribute.Strategy:
     """Makes the strategy; nothing may have used TensorFlow's devices before.
 
@@ -48,13 +44,12 @@ def get_strategy(
     """
     name, devices = choose(
         name, num_devices, cluster=cluster, tpu=tpu, communication=communication)
-    if name == "tpu":
+    if tpu is not None:
         return tpu_lib.connect(tpu, timeout_secs)
-    if name == "parameter_server":
-        assert cluster
+    if cluster is not None and cluster.has_servers:
         return tf.distribute.ParameterServerStrategy(cluster.resolver)
-    if name == "multi_worker_mirrored":
-        return _multi_worker(cluster, devices, communication, timeout_secs)
+    if cluster is not None:
+        return _multi_worker(cluster, len(devices), communication, timeout_secs)
     if "CPU" in devices[0]:
         _ensure_logical_cpus(len(devices))
     if name == "one_device":
@@ -79,7 +74,7 @@ def choose(
     """
     name = choose_name(name, cluster, tpu)
     num_gpus = len(tf.config.get_visible_devices("GPU"))
-    if num_gpus and name in ("auto", "one_device", "mirrored"):
+    if num_gpus and cluster is None and tpu is None:
         # Physical devices above: listing logical ones fixes the number of CPUs.
         num_gpus = len(tf.config.list_logical_devices("GPU"))
     devices: list[str] = []
@@ -87,24 +82,21 @@ def choose(
         if num_devices is not None:
             cause = f"`num_devices` ({num_devices}) does not go with a TPU."
             raise ConfigError(cause, "Leave it out: all of its cores take part.")
-    elif name == "multi_worker_mirrored":
-        if not num_gpus and (num_devices or 1) > 1:
+    elif name != "parameter_server":
+        if cluster is not None and not num_gpus and (num_devices or 1) > 1:
             raise ConfigError(
                 f"`num_devices` ({num_devices}) must be 1: without GPUs each process "
                 "of a cluster has one device.",
-                "Leave it out, or start more processes.",
-            )
-        _, devices = choose_devices("mirrored", num_devices, num_gpus)
-    elif name != "parameter_server":
+                "Leave it out, or start more processes.")
         name, devices = choose_devices(name, num_devices, num_gpus)
     between_gpus = name in ("mirrored", "multi_worker_mirrored") and num_gpus
-    if communication == "ring" and name != "multi_worker_mirrored" or (
-            communication == "nccl" and not between_gpus):
+    if (communication == "ring" and name != "multi_worker_mirrored"
+            or communication == "nccl" and not between_gpus):
+        on = " on CPUs" if devices and not num_gpus else ""
+        cause = f"`communication` ({communication}) does not go with `strategy` {name}"
         raise ConfigError(
-            f"`communication` ({communication}) does not go with `strategy` {name}"
-            f"{'' if num_gpus else ' on CPUs'}.",
-            "Use --communication=auto; ring is for several processes, nccl for GPUs.",
-        )
+            f"{cause}{on}.",
+            "Use --communication=auto; ring is for several processes, nccl for GPUs.")
     return name, devices
 
 
@@ -115,20 +107,17 @@ def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
         ConfigError: the name is unknown, or does not go with the cluster or the TPU.
     """
     if name not in NAMES:
-        raise ConfigError(
-            f"`strategy` ({name}) is unknown.", f"Use one of {', '.join(NAMES)}."
-        )
+        cause = f"`strategy` ({name}) is unknown."
+        raise ConfigError(cause, f"Use one of {', '.join(NAMES)}.")
     if tpu is not None and cluster is not None:
         raise ConfigError(
             f"`tpu` ({tpu}) does not go with the cluster that this process is one of.",
-            "Start one process without TF_CONFIG: it uses all hosts of the TPU.",
-        )
+            "Start one process without TF_CONFIG: it uses all hosts of the TPU.")
     if tpu is not None or name == "tpu":
         if name not in ("auto", "tpu") or tpu is None:
             raise ConfigError(
                 f"`strategy` ({name}) and `tpu` ({tpu}) do not go together.",
-                "Use --strategy=tpu with --tpu=<name or address>, or --tpu=local.",
-            )
+                "Use --strategy=tpu with --tpu=<name or address>, or --tpu=local.")
         return "tpu"
     if cluster is None:
         if name in ("multi_worker_mirrored", "parameter_server"):
@@ -140,30 +129,34 @@ def choose_name(name: str, cluster: Cluster | None, tpu: str | None) -> str:
         raise ConfigError(
             f"`strategy` ({name}) does not go with the cluster that this process is "
             f"one of, which is made for {fits}.",
-            f"Use --strategy={fits}, or start the process without a cluster.",
-        )
+            f"Use --strategy={fits}, or start the process without a cluster.")
     return fits
 
 
-def reason(name: str, num_devices: int | None, cluster: Cluster | None) -> str:
+def reason(
+    name: str, num_devices: int | None, cluster: Cluster | None, tpu: str | None = None
+) -> str:
     """Returns why `get_strategy` chose what it did, in a few words."""
     if name != "auto":
         return f"--strategy={name}"
+    if tpu is not None:
+        return f"--tpu={tpu}"
     if cluster is not None:
         return f"a cluster of {sum(map(len, cluster.jobs.values()))} processes"
     if num_devices is not None:
         return f"--num_devices={num_devices}"
-    count = len(tf.config.get_visible_devices("GPU"))
-    return f"GPUs found: {count}" if count else "no GPU was found"
+    if tf.config.get_visible_devices("GPU"):
+        return "all visible GPUs"
+    there = tf.config.list_physical_devices("GPU")
+    return "no GPU is visible" if there else "no GPU was found"
 
 
 def _multi_worker(
-    cluster: Cluster | None, devices: list[str], communication: str, timeout_secs: float
+    cluster: Cluster, num_devices: int, communication: str, timeout_secs: float
 ) -> tf.distribute.Strategy:
-    assert cluster
     gpus = tf.config.get_visible_devices("GPU")
-    if gpus[len(devices):]:
-        tf.config.set_visible_devices(gpus[: len(devices)], "GPU")
+    if len(gpus) > num_devices:
+        tf.config.set_visible_devices(gpus[:num_devices], "GPU")
     kind = tf.distribute.experimental.CommunicationImplementation[communication.upper()]
     options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
     others = [cluster.name(rank) for rank in range(len(cluster.addresses))
@@ -185,19 +178,16 @@ def choose_devices(
     if num_devices is not None and num_devices < 1:
         raise ConfigError(
             f"`num_devices` ({num_devices}) must be 1 or more.",
-            "Leave it out to use all GPUs, or the CPU where there is none.",
-        )
+            "Leave it out to use all GPUs, or the CPU where there is none.")
     if name == "one_device" and (num_devices or 1) > 1:
         raise ConfigError(
             f"`num_devices` ({num_devices}) must be 1 with `strategy` one_device.",
-            "Leave it out, or use mirrored.",
-        )
+            "Leave it out, or use mirrored.")
     if num_gpus and (num_devices or 1) > num_gpus:
         raise ConfigError(
             f"`num_devices` ({num_devices}) is more than the {num_gpus} GPUs that "
             "TensorFlow sees.",
-            f"Use at most {num_gpus}; --visible_devices=cpu uses the CPU instead.",
-        )
+            f"Use at most {num_gpus}; --visible_devices=cpu uses the CPU instead.")
     count = 1 if name == "one_device" else num_devices or num_gpus or 1
     if name == "auto":
         name = "mirrored" if count > 1 else "one_device"
@@ -222,8 +212,7 @@ def check_batch(
     sizes = [str(size) for size in (below, below + parts) if size > 0] or [str(parts)]
     raise ConfigError(
         f"`global_batch_size` ({global_batch_size}) must be divisible by {rule}.",
-        f"Use {' or '.join(sizes)}.",
-    )
+        f"Use {' or '.join(sizes)}.")
 
 
 def distribute_dataset(
@@ -244,7 +233,7 @@ def distribute_dataset(
     if len(devices) == 1 and "CPU" in devices[0].upper():
         return dataset
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        size = next(iter(tf.nest.flatten(dataset.element_spec))).shape[0]
+        size = tf.nest.flatten(dataset.element_spec)[0].shape[0]
         mine = dataset.rebatch(size // len(devices))
         return strategy.distribute_datasets_from_function(lambda _: mine)
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -16,15 +15,7 @@ _REMEDY = (
 )
 
 
-def connect(
-    name: str | None,
-    timeout_secs: float,
-    *,
-    make_resolver: Callable = tf.distribute.cluster_resolver.TPUClusterResolver,
-    connect_to_cluster: Callable = tf.config.experimental_connect_to_cluster,
-    initialize: Callable = tf.tpu.experimental.initialize_tpu_system,
-    make_strategy: Callable = tf.distribute.TPUStrategy,
-) -> tf.distribute.Strategy:
+def connect(name: str, timeout_secs: float) -> tf.distribute.Strategy:
     """Connects with a TPU, starts it anew, and returns its strategy.
 
     From then on this thread's operations run on the TPU's host, if that is another.
@@ -33,7 +24,6 @@ def connect(
         name: of a Cloud TPU, or its address `grpc://host:port`; `local`: the TPU of
             this machine.
         timeout_secs: how long all of it may take.
-        make_resolver, connect_to_cluster, initialize, make_strategy: TensorFlow's.
 
     Raises:
         ClusterError: there is no such TPU, or it did not answer in time.
@@ -44,10 +34,11 @@ def connect(
 
     def start() -> None:
         try:
-            resolver = make_resolver(tpu=name)
-            connect_to_cluster(resolver, make_master_device_default=False)
-            initialize(resolver)
-            outcome.put((make_strategy(resolver), resolver.master()))
+            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
+            tf.config.experimental_connect_to_cluster(
+                resolver, make_master_device_default=False)
+            tf.tpu.experimental.initialize_tpu_system(resolver)
+            outcome.put((tf.distribute.TPUStrategy(resolver), resolver.master()))
         except Exception as error:
             outcome.put(error)
 
@@ -64,13 +55,8 @@ def connect(
         raise ClusterError(cause, _REMEDY) from result
     strategy, master = result
     if master:
-        # `connect_to_cluster` would enter it for its own thread, which has ended.
+        # TensorFlow's call would enter it for its own thread, which has ended.
         tf.device("/job:worker/replica:0/task:0/device:CPU:0").__enter__()
-    logging.info("TPU %s: %s.", name, topology(strategy))
+    cores, hosts = strategy.num_replicas_in_sync, strategy.extended.num_hosts
+    logging.info("TPU %s: cores: %d, hosts: %d.", name, cores, hosts)
     return strategy
-
-
-def topology(strategy: tf.distribute.Strategy) -> str:
-    """Returns how much of a TPU a strategy uses, as `cores: 8, hosts: 1`."""
-    hosts = strategy.extended.num_hosts
-    return f"cores: {strategy.num_replicas_in_sync}, hosts: {hosts}"

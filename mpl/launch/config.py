@@ -6,6 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from mpl.distribute.strategy import NAMES as STRATEGIES
 from mpl.errors import ConfigError
 from mpl.launch.option import checked, is_option, option, suggestion
 from mpl.precision.policy import get_policy
@@ -16,9 +17,6 @@ EXCLUSIVE = (
 )  # fmt: skip
 TRAINING_MODES = ("train", "train_and_eval", "all")
 MODES = TRAINING_MODES + ("eval", "continuous_eval", "predict", "export")
-STRATEGIES = (
-    "auto", "one_device", "mirrored", "multi_worker_mirrored", "parameter_server", "tpu"
-)  # fmt: skip
 LOWER_IS_BETTER = (
     "loss", "error", "entropy", "divergence", "perplexity", "hinge", "mse", "mae"
 )  # fmt: skip
@@ -219,21 +217,19 @@ class RunConfig:
                 raise ConfigError(
                     f"`{first}` ({getattr(self, first)}) and `{second}` "
                     f"({getattr(self, second)}) say the same thing: set one at most.",
-                    f"Leave one out, or unset it: --{second}=none.",
-                )
+                    f"Leave one out, or unset it: --{second}=none.")
         for name, modes in (("input", "predict"), ("output", "predict or export")):
             if getattr(self, name) is not None and self.mode not in modes.split():
                 raise ConfigError(
                     f"`{name}` ({getattr(self, name)}) goes with `mode` {modes} only.",
-                    "Leave it out, or use --mode=predict.",
-                )
-        stop = parse_early_stop(self.early_stop) if self.early_stop else None
-        if stop and self.mode == "train":
-            raise ConfigError(
-                f"`early_stop` ({self.early_stop}) needs evaluations, and `mode` "
-                "(train) makes none.",
-                "Use --mode=train_and_eval, or --early_stop=none.",
-            )
+                    "Leave it out, or use --mode=predict.")
+        if self.early_stop is not None:
+            parse_early_stop(self.early_stop)
+            if self.mode == "train":
+                raise ConfigError(
+                    f"`early_stop` ({self.early_stop}) needs evaluations, and `mode` "
+                    "(train) makes none.",
+                    "Use --mode=train_and_eval, or --early_stop=none.")
 
     def changes_math(self, field: dataclasses.Field) -> bool:
         """Says whether another value of the field changes what training computes."""
@@ -263,8 +259,7 @@ def parse_early_stop(text: str) -> EarlyStop:
         raise ConfigError(
             f"`early_stop` ({text}) must be METRIC:PATIENCE, or METRIC:PATIENCE:min or "
             ":max, with a patience of at least 1.",
-            "Write for example --early_stop=accuracy:5.",
-        )
+            "Write for example --early_stop=accuracy:5.")
     return EarlyStop(metric, number, mode)
 
 
@@ -283,8 +278,7 @@ def fields_of(config_class: type[RunConfig]) -> tuple[dataclasses.Field, ...]:
         raise ConfigError(
             f"`{config_class.__qualname__}` is a RunConfig without the dataclass "
             "decorator: its own settings would be lost.",
-            "Write @dataclasses.dataclass(frozen=True) above the class.",
-        )
+            "Write @dataclasses.dataclass(frozen=True) above the class.")
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         field.type = hints[field.name]

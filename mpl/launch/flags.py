@@ -31,35 +31,23 @@ class _Parser(flags.ArgumentParser):
         return read(self.field, argument) if isinstance(argument, str) else argument
 
 
-class _Serializer(flags.ArgumentSerializer):
-    def serialize(self, value):
-        return written(value)
-
-
 def define(
-    config_class: type[RunConfig], defaults: Mapping[str, Any] | None = None
+    config_class: type[RunConfig], defaults: Mapping[str, Any] = {}
 ) -> flags.FlagValues:
     """Returns a new registry with one flag per field of `config_class`."""
     values = flags.FlagValues()
     for field in fields_of(config_class):
         flag = flags.Flag(
-            _Parser(field=field),
-            _Serializer(),
-            field.name,
-            (defaults or {}).get(field.name, field.default),
-            field.metadata["help"],
-            boolean=kinds(field) == {bool},
-        )
+            _Parser(field=field), None, field.name,  # nothing serializes it
+            defaults.get(field.name, field.default), field.metadata["help"],
+            boolean=kinds(field) == {bool})
         flags.DEFINE_flag(flag, values, module_name=config_class.__module__)
     return values
 
 
 def parse(
-    config_class: type[RunConfig],
-    argv: Sequence[str],
-    *,
-    defaults: Mapping[str, Any] | None = None,
-    program: str = "python <file>",
+    config_class: type[RunConfig], argv: Sequence[str], *,
+    defaults: Mapping[str, Any] = {}, program: str = "python <file>",
     description: str = "",
 ) -> dict[str, Any]:
     """Reads a command line.
@@ -99,20 +87,18 @@ def parse(
     if rest:
         cause = f"`{rest[0]}` is an argument without a flag's name."
         raise ConfigError(cause, "Write --name=value; --helpfull lists all flags.")
-    head = [line for line in description.strip().split("\n")[:1] if line]
-    head += [f"Usage: {program} [--flag=value ...]", ""]
-    if values["helpfull"].value:
-        print("\n".join([*head, full_help(values, own)]))
-        sys.exit(0)
-    if values["help"].value or values["helpshort"].value:
-        room = HELP_LINES - len(head)
-        print("\n".join([*head, short_help(config_class, values, room)]))
+    if any(values[name].value for name in HELP):
+        head = [line for line in description.strip().split("\n")[:1] if line]
+        head += [f"Usage: {program} [--flag=value ...]", ""]
+        print(*head, sep="\n")
+        print(full_help(values, own) if values["helpfull"].value else
+              short_help(config_class, values, HELP_LINES - len(head)))
         sys.exit(0)
     return {name: values[name].value for name in own if values[name].present}
 
 
 def short_help(
-    config_class: type[RunConfig], values: flags.FlagValues, room: int = HELP_LINES
+    config_class: type[RunConfig], values: flags.FlagValues, room: int
 ) -> str:
     """Returns the everyday flags and the experiment's own, in at most `room` lines."""
     base = {field.name for field in fields_of(RunConfig)}

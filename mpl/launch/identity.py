@@ -37,22 +37,24 @@ def identity_of(
                              for name in names if name not in _OF_A_HOST}
     path = config.workdir
     facts["--workdir"] = path if path and "://" in path else os.path.abspath(path or "")
-    facts["flags in the workdir"] = record and _digest(str(sorted(record.items())))
+    facts["flags in the workdir"] = record and _digest(
+        str(sorted(record.items())).encode())
     facts["Python"] = platform.python_version()
     facts |= {"TensorFlow": tf.__version__, "Keras": keras.__version__}
     facts["code of the experiment"] = _digest(*_sources(experiment_class))
     facts["code of mpl"] = _digest(*[
-        file.read_text() for file in sorted(_MPL.rglob("*.py"))])
+        file.read_bytes() for file in sorted(_MPL.rglob("*.py"))])
     return facts
 
 
-def _sources(experiment_class: type[Experiment]) -> list[str]:
+def _sources(experiment_class: type[Experiment]) -> list[bytes]:
     """Returns the files of the experiment's package, or folder, that are imported."""
     module = sys.modules.get(experiment_class.__module__)
     own = getattr(module, "__file__", None)
     if module is None or own is None:
         return []  # a notebook
-    package = (module.__spec__.name if module.__spec__ else "").partition(".")[0]
+    spec = module.__spec__
+    package = (spec and spec.parent or "").partition(".")[0]
     files = {own}
     for name, other in list(sys.modules.items()):
         file = getattr(other, "__file__", None) or ""
@@ -60,8 +62,8 @@ def _sources(experiment_class: type[Experiment]) -> list[str]:
         if file.endswith(".py") and (
                 name.partition(".")[0] == package if package else is_near):
             files.add(file)
-    return [pathlib.Path(file).read_text() for file in sorted(files)]
+    return [pathlib.Path(file).read_bytes() for file in sorted(files)]
 
 
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+def _digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()[:12]

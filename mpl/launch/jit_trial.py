@@ -13,13 +13,16 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
+from mpl.distribute.devices import describe_cpu
 from mpl.experiment import Experiment
+from mpl.launch import workdir
 
 FILE = "jit_compile.json"
 # Of training that is left. Compiling takes seconds to minutes and cannot be broken off:
 # a minute is won back here by steps that are a tenth faster.
 REPAYS_SECS = 600.0
 _PART_SECS, _PARTS, _GAIN = 1.0, 5, 0.95
+_Parts = Generator[tuple[bool, int], float, None]
 
 
 class JitTrial:
@@ -47,9 +50,9 @@ class JitTrial:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._experiment, self._remember, self._clock = experiment, remember, clock
-        self._switches, self._step = list(switches or [(0, False)]), 0
-        self._trial = None if switches else self._try()
-        self._part = next(self._trial) if self._trial else (False, 0)
+        self._switches, self._step = list(switches), int(experiment.global_step)
+        self._parts = self._plan()
+        self._part = next(self._parts)
 
     def train(self, train: Callable[[int], Any], num_steps: int) -> int:
         """Runs a block of steps in parts of one kind; returns how many were made.
@@ -62,17 +65,14 @@ class JitTrial:
         self._step = first = int(global_step)
         ahead, end = int(trainer.position) - first, first + num_steps
         while self._step < end:
-            compiled, most = self._part if self._trial else self._known()
-            if self._trial:
-                self._switch(compiled)
+            compiled, most = self._part
+            self._switch(compiled)
             count, start = min(most, end - self._step), self._clock()
             trainer.variant = "compiled" if compiled else ""
             try:
                 train(count)
             except Exception as error:
-                if self._trial is None:
-                    raise
-                self._go_on(self._trial.throw, error)  # raises what the trial does not
+                self._part = self._parts.throw(error)  # raises what the trial does not
                 global_step.assign(self._step)  # take; else the step is run again
                 trainer.reset_iterator(self._step + ahead)
                 continue
@@ -81,47 +81,46 @@ class JitTrial:
             self._step += trainer.steps_done
             if trainer.steps_done < count:
                 break
-            if self._trial:
-                self._go_on(self._trial.send, (self._clock() - start) / count)
+            self._part = self._parts.send((self._clock() - start) / count)
         return self._step - first
 
-    def _go_on(self, resume: Callable, value: Any) -> None:
-        try:
-            self._part = resume(value)
-        except StopIteration:
-            self._trial = None
-
-    def _known(self) -> tuple[bool, int]:
-        """Returns what the switches say of the next steps, and of how many."""
-        compiled = [kind for step, kind in self._switches if step <= self._step][-1]
-        coming = [step for step, _ in self._switches if step > self._step]
-        return compiled, min(coming, default=sys.maxsize) - self._step
-
-    def _switch(self, compiled: bool) -> None:
-        if compiled != self._switches[-1][1]:
-            self._switches.append((self._step, compiled))
-
-    def _try(self) -> Generator[tuple[bool, int], float, None]:
+    def _plan(self) -> _Parts:
         """Yields kind and most steps of each part, and is sent its seconds a step."""
+        if not self._switches:
+            self._switches = [(0, False)]
+            yield from self._try()
+        while True:
+            coming = [step for step, _ in self._switches if step > self._step]
+            yield self._kind(), min(coming, default=sys.maxsize) - self._step
+
+    def _try(self) -> _Parts:
         yield False, sys.maxsize  # traced in it
         secs = yield False, sys.maxsize
         left = (self._experiment.train_steps - self._step) * secs
         if left < REPAYS_SECS:
-            _say(False, f"the {left:.0f} s left would not repay a trial")
-            return
+            return _say(False, f"the {left:.0f} s left would not repay a trial")
         try:
             compilation = yield True, 1
         except Exception as error:
-            return self._decide(False, f"XLA failed: {str(error).splitlines()[0]}")
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            return self._decide(False, f"XLA failed: {reason}")
         times: dict[bool, list[float]] = {True: [], False: []}
-        for number in range(2 * _PARTS):
-            kind = number % 2 == 0
-            times[kind].append((yield kind, max(1, round(_PART_SECS / secs))))
+        for _ in range(_PARTS):
+            for kind in times:
+                times[kind].append((yield kind, max(1, round(_PART_SECS / secs))))
         ms = {kind: 1e3 * statistics.median(each) for kind, each in times.items()}
         self._decide(
             ms[True] <= _GAIN * ms[False],
             f"{ms[True]:.4g} ms a step compiled, {ms[False]:.4g} uncompiled, "
             f"{compilation:.1f} s of compilation")
+
+    def _kind(self) -> bool:
+        """Says whether this step is compiled by the switches made so far."""
+        return [kind for step, kind in self._switches if step <= self._step][-1]
+
+    def _switch(self, compiled: bool) -> None:
+        if compiled != self._kind():
+            self._switches.append((self._step, compiled))
 
     def _decide(self, compiled: bool, why: str) -> None:
         self._switch(compiled)
@@ -131,21 +130,24 @@ class JitTrial:
 
 def trial_of(experiment: Experiment, path: str) -> JitTrial | None:
     """Returns the trial of a run in its folder; None where nothing is to be tried."""
-    config, replicas = experiment.config, experiment.strategy.num_replicas_in_sync
-    own_step = type(experiment).train_step is not Experiment.train_step
+    config, strategy = experiment.config, experiment.strategy
     if config.jit_compile != "auto":
         return None
+    replicas = strategy.num_replicas_in_sync
     obstacles = {
-        f"{replicas} replicas": replicas > 1, "its own `train_step`": own_step,
+        f"{replicas} replicas": replicas > 1,
+        "its own `train_step`":
+            type(experiment).train_step is not Experiment.train_step,
         "parameter servers": isinstance(
-            experiment.strategy, tf.distribute.ParameterServerStrategy),
-        "a TPU": isinstance(experiment.strategy, tf.distribute.TPUStrategy),
+            strategy, tf.distribute.ParameterServerStrategy),
+        "a TPU": isinstance(strategy, tf.distribute.TPUStrategy),
         "--debug_eager": config.debug_eager, "--deterministic": config.deterministic,
     }  # fmt: skip
     if found := [what for what, is_there in obstacles.items() if is_there]:
         _say(False, f"because of {found[0]}")
         return None
-    file, key, choices = os.path.join(path, FILE), _key(experiment), dict[str, Any]()
+    file, key = os.path.join(path, FILE), _key(experiment)
+    choices: dict[str, Any] = {}
     with contextlib.suppress(OSError, tf.errors.OpError, ValueError):
         with tf.io.gfile.GFile(file) as text:
             choices = json.loads(text.read())
@@ -153,9 +155,7 @@ def trial_of(experiment: Experiment, path: str) -> JitTrial | None:
     def remember(switches: list, why: str) -> None:
         choices[key] = {"switches": switches, "why": why}
         try:
-            with tf.io.gfile.GFile(file + ".new", "w") as text:
-                text.write(json.dumps(choices, indent=1))
-            tf.io.gfile.rename(file + ".new", file, overwrite=True)
+            workdir.replace(file, json.dumps(choices, indent=1))
         except (OSError, tf.errors.OpError) as error:
             logging.warning("%s is not written: %s", file, error)
 
@@ -175,12 +175,9 @@ def _key(experiment: Experiment) -> str:
     shapes = "\n".join(f"{entry.key} {entry.value.shape}" for entry in entries)
     model, config = hashlib.sha256(shapes.encode()).hexdigest()[:16], experiment.config
     batch = f"batch {config.global_batch_size} in {config.accumulate_steps}"
-    gpus = tf.config.list_physical_devices("GPU")
-    details = map(tf.config.experimental.get_device_details, gpus)
-    names = [str(detail.get("device_name")) for detail in details]
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpus:
-        lines = [line.split(":") for line in cpus if line.startswith("model name")]
-        names = names or [words[-1].strip() for words in lines]
-    device = f"{len(names)} × {', '.join(sorted(set(names)))}"
+    device = describe_cpu()
+    if gpus := tf.config.get_visible_devices("GPU"):  # one replica takes the first
+        details = tf.config.experimental.get_device_details(gpus[0])
+        device = str(details.get("device_name"))
     version = f"TensorFlow {tf.__version__}"
     return "; ".join([device, version, experiment.policy.name, batch, f"model {model}"])

@@ -102,8 +102,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     example = near[0] if near else f"{written(field.default)}, its default"
     raise ConfigError(
         f"`{field.name}` ({value}) must be {rule(field)}.",
-        f"Write --{field.name}={example}.",
-    )
+        f"Write --{field.name}={example}.")
 
 
 def _keeps_rule(field: dataclasses.Field, value: Any) -> bool:

@@ -48,8 +48,8 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
             content = io.BytesIO(file.read())
         with np.load(content, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, TypeError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # NumPy, zipfile, zlib and TensorFlow have their own
+        reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"`input` ({path}) must be an .npz file of arrays: {reason}",
             "Write one with numpy.savez(path, name=array).",

@@ -28,13 +28,12 @@ PER_COMMAND = (
 )  # fmt: skip
 
 
-def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None:
+def find_run(config: RunConfig, experiment: str) -> str | None:
     """Returns the folder of the run that a command goes on with; None: a new run.
 
     Args:
         config: settings, of which `mode`, `workdir` and `resume` count.
         experiment: its name.
-        runs: folder of all runs whose folder is not given by hand.
 
     Raises:
         ConfigError: the command needs a run, and there is none, or the folder is one
@@ -43,15 +42,14 @@ def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None
     new = config.mode in TRAINING_MODES and not config.resume
     if config.workdir is None and new:
         return None
-    path = config.workdir or os.path.join(runs, experiment, LATEST)
+    path = config.workdir or os.path.join(RUNS, experiment, LATEST)
     if tf.io.gfile.exists(os.path.join(path, FLAGFILE)):
         if config.workdir is None and os.path.islink(path):
             path = os.path.join(os.path.dirname(path), os.readlink(path))
         if (owner := read_facts(path).get("experiment", experiment)) != experiment:
             raise ConfigError(
                 f"`workdir` ({path}) holds a run of {owner}, not of {experiment}.",
-                "Give another folder: --workdir=<folder>.",
-            )
+                "Give another folder: --workdir=<folder>.")
         return path
     if new:
         if tf.io.gfile.exists(os.path.join(path, "checkpoints")):
@@ -60,8 +58,7 @@ def find_run(config: RunConfig, experiment: str, runs: str = RUNS) -> str | None
     what = "`resume`" if config.mode in TRAINING_MODES else f"`mode` ({config.mode})"
     raise ConfigError(
         f"{what} needs a run of {experiment}, and `workdir` ({path}) holds none.",
-        "Train first (--mode=train_and_eval), or name its folder: --workdir=<folder>.",
-    )
+        "Train first (--mode=train_and_eval), or name its folder: --workdir=<folder>.")
 
 
 def check_writable(path: str) -> None:
@@ -82,52 +79,41 @@ def check_writable(path: str) -> None:
         raise _unwritable(path, error) from error
 
 
-def create(
-    workdir: str | None,
-    experiment: str,
-    *,
-    now: datetime.datetime | None = None,
-    runs: str = RUNS,
-) -> str:
+def create(workdir: str | None, experiment: str) -> str:
     """Makes the folder of a run and returns it.
 
     Args:
-        workdir: the folder, which may exist; None: a new `<runs>/<experiment>/<time>`,
+        workdir: the folder, which may exist; None: a new `runs/<experiment>/<time>`,
             with `latest` beside it pointing to it.
         experiment: its name.
-        now: time of the start; None: the clock's.
-        runs: folder of all runs.
 
     Raises:
         ConfigError: the folder cannot be made.
     """
+    folder = os.path.join(RUNS, experiment)
     try:
         if workdir is not None:
             tf.io.gfile.makedirs(workdir)
             return workdir
-        stamp = f"{now or datetime.datetime.now():%Y%m%d-%H%M%S}"
+        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
         for number in itertools.count():
-            path = os.path.join(runs, experiment, stamp + (f"-{number}" * bool(number)))
-            try:
-                os.makedirs(path)  # fails if another run took the name first
+            path = os.path.join(folder, stamp + (f"-{number}" * bool(number)))
+            with contextlib.suppress(FileExistsError):  # another run took the name
+                os.makedirs(path)
                 break
-            except FileExistsError:
-                continue
         # Replacing a link is atomic, so that `latest` exists at any time.
-        link = os.path.join(runs, experiment, LATEST)
         os.symlink(os.path.basename(path), path + ".link")
-        os.replace(path + ".link", link)
+        os.replace(path + ".link", os.path.join(folder, LATEST))
         return path
     except (OSError, tf.errors.OpError) as error:
-        raise _unwritable(workdir or os.path.join(runs, experiment), error) from error
+        raise _unwritable(workdir or folder, error) from error
 
 
 def _unwritable(path: str, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
     return ConfigError(
         f"`workdir` ({path}) must be a folder that takes files: {reason}.",
-        "Give another folder: --workdir=<folder>.",
-    )
+        "Give another folder: --workdir=<folder>.")
 
 
 def lock(workdir: str) -> contextlib.AbstractContextManager:
@@ -164,10 +150,15 @@ def write_flagfile(workdir: str, config: RunConfig, facts: Mapping = {}) -> str:
         if field.name not in PER_COMMAND
     ]
     path = os.path.join(workdir, FLAGFILE)
-    with tf.io.gfile.GFile(path + ".new", "w") as file:
-        file.write("".join(lines))
-    tf.io.gfile.rename(path + ".new", path, overwrite=True)
+    replace(path, "".join(lines))
     return path
+
+
+def replace(path: str, text: str) -> None:
+    """Writes a file so that readers see the old text or the new one, never a part."""
+    with tf.io.gfile.GFile(path + ".new", "w") as file:
+        file.write(text)
+    tf.io.gfile.rename(path + ".new", path, overwrite=True)
 
 
 def read_flagfile(workdir: str) -> dict[str, str]:
@@ -207,10 +198,8 @@ class Change(typing.NamedTuple):
 
 
 def go_on(
-    config_class: type[RunConfig],
-    record: Mapping[str, str],
-    defaults: Mapping[str, Any],
-    given: Mapping[str, Any],
+    config_class: type[RunConfig], record: Mapping[str, str],
+    defaults: Mapping[str, Any], given: Mapping[str, Any],
 ) -> RunConfig:
     """Makes the config with which a run goes on, and prints what it changes.
 
@@ -233,13 +222,13 @@ def go_on(
     old = {name: read(fields[name], record[name]) for name in record if name in fields}
     new = {n: v for n, v in given.items() if (n, v) != ("policy", "auto")}
     config = merged(config_class, defaults, old, new)
-    changes = [
-        Change(name, record[name], written(value), config.changes_math(fields[name]))
-        for name in old
-        if (value := getattr(config, name)) != old[name]
-    ]
-    gone = [n for n in record if n not in fields]
-    changes += [Change(name, record[name], "(no such flag)", True) for name in gone]
+    changes = []
+    for name, text in record.items():
+        if name not in fields:
+            changes.append(Change(name, text, "(no such flag)", True))
+        elif (value := getattr(config, name)) != old[name]:
+            matters = config.changes_math(fields[name])
+            changes.append(Change(name, text, written(value), matters))
     accept(config, changes)
     return config
 
@@ -256,7 +245,6 @@ def accept(config: RunConfig, changes: Sequence[Change]) -> None:
         raise ConfigError(
             f"What changes the mathematics differs from the run's: {matter}.",
             "Leave them out to go on as before, add --allow_changed_flags to go on "
-            "with them, or train in another --workdir.",
-        )
+            "with them, or train in another --workdir.")
     for change in changes:
         print(f"Changed since the run began: {change}")

@@ -39,8 +39,7 @@ def set_dtype_policy(
             if is_float and weight.dtype != policy.variable_dtype:
                 raise ConfigError(
                     f"`policy` ({policy.name}): {weight.path} is {weight.dtype}.",
-                    f"Use one with params={weight.dtype}, or set it before the build.",
-                )
+                    f"Use one with params={weight.dtype}, or set it before the build.")
         inner.dtype_policy = policy
 
 

@@ -116,7 +116,8 @@ class StaticLossScale(LossScale):
 
     def __init__(self, value: float):
         super().__init__()
-        _check("value", value, _SMALLEST, _LARGEST)
+        _check("value", value, _SMALLEST, _LARGEST,
+               remedy="Use a power of two such as 1024.")  # fmt: skip
         self._value = float(value)
 
 
@@ -266,24 +267,23 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
             or parameter servers.
     """
     loss_scale = name if isinstance(name, LossScale) else _named(name, policy)
-    shown = name if isinstance(name, (str, float, int)) else type(name).__name__
-    if loss_scale.is_dynamic and on_tpu():
+    if not loss_scale.is_dynamic:
+        return loss_scale
+    shown = name if isinstance(name, str) else type(name).__name__
+    if on_tpu():
         raise ConfigError(
             f"`loss_scale` ({shown}) is dynamic, which float16 needs; a TPU computes "
             "in bfloat16, which needs none.",
-            "Use --policy=mixed_bfloat16 with --loss_scale=auto.",
-        )
+            "Use --policy=mixed_bfloat16 with --loss_scale=auto.")
     strategy = tf.distribute.get_strategy()
-    servers = isinstance(strategy, tf.distribute.ParameterServerStrategy)
-    if loss_scale.is_dynamic and servers:
-        if name == "auto":
-            logging.info("loss_scale auto: 1024, none dynamic on parameter servers")
-            return StaticLossScale(1024)
-        raise ConfigError(
-            f"`loss_scale` ({shown}) is dynamic, which parameter servers do not allow.",
-            "Use --loss_scale=1024, or another power of two.",
-        )
-    return loss_scale
+    if not isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        return loss_scale
+    if name == "auto":
+        logging.info("loss_scale auto: 1024, none dynamic on parameter servers")
+        return StaticLossScale(1024)
+    raise ConfigError(
+        f"`loss_scale` ({shown}) is dynamic, which parameter servers do not allow.",
+        "Use --loss_scale=1024, or another power of two.")
 
 
 def _named(name: Any, policy: Policy | None) -> LossScale:
@@ -295,8 +295,9 @@ def _named(name: Any, policy: Policy | None) -> LossScale:
     try:
         return makers[name]() if name in makers else StaticLossScale(float(name))
     except (TypeError, ValueError) as error:
-        cause = f"`loss_scale` ({name}) must be auto, none, dynamic or a number > 0."
-        raise ConfigError(cause, "Use auto, or a power of two such as 1024.") from error
+        cause = f"`loss_scale` ({name}) must be auto, none, dynamic or a number from "
+        remedy = "Use auto, or a power of two such as 1024."
+        raise ConfigError(f"{cause}2**-126 to 2**126.", remedy) from error
 
 
 def _multiply(tree: Any, factor: tf.Tensor) -> Any:
@@ -315,9 +316,10 @@ def _variable(value: Any, name: str) -> tf.Variable:
     return tf.Variable(value, trainable=False, name=name, aggregation=first)
 
 
-def _check(argument: str, value: Any, low: float, high: float, kind=float) -> None:
+def _check(argument: str, value: Any, low: float, high: float, kind=float,
+           remedy="The default is good for nearly every model.") -> None:  # fmt: skip
     # A bool is an int too. NaN passes no comparison.
     is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
     if not (is_number and low <= value <= high):
         cause = f"`{argument}` ({value}) must be {kind.__name__} in [{low}, {high}]."
-        raise ConfigError(cause, "The default is good for nearly every model.")
+        raise ConfigError(cause, remedy)

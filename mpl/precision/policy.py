@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -70,21 +70,17 @@ class Policy:
             return f"mixed_{compute.name}"
         raise ConfigError(
             f"`policy` ({self.name}) is none that Keras layers can have.",
-            "Let params equal compute, or take float32 params and 16-bit compute.",
-        )
+            "Let params equal compute, or take float32 params and 16-bit compute.")
 
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> contextlib.AbstractContextManager:
         """Makes Keras layers created inside follow this policy (`native`: as set).
 
         Keras keeps its global policy per thread: enter the scope where layers are
         created.
         """
         if self.compute_dtype is None:
-            yield
-        else:
-            with layers_lib.global_dtype_policy(self.keras_name):
-                yield
+            return contextlib.nullcontext()
+        return layers_lib.global_dtype_policy(self.keras_name)
 
     def apply_overrides(self, layers: Iterable[keras.layers.Layer]) -> None:
         """Gives each layer whose path an override matches that override's policy.
@@ -106,8 +102,7 @@ class Policy:
             if not any(re.search(pattern, path) for path in paths):
                 raise ConfigError(
                     f"`overrides` ({pattern!r}) matches the path of no layer.",
-                    f"The paths are: {', '.join(paths)}.",
-                )
+                    f"The paths are: {', '.join(paths)}.")
             for path, layer in zip(paths, layers):
                 if re.search(pattern, path):
                     layers_lib.set_dtype_policy(layer, name)
@@ -169,36 +164,27 @@ def on_tpu() -> bool:
     return isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy)
 
 
-def auto_policy(
-    devices: Sequence[tf.config.PhysicalDevice] | None = None,
-    details: Callable[[Any], dict] = tf.config.experimental.get_device_details,
-    cpu_flags: str | None = None,
-) -> tuple[str, str]:
-    """Chooses a policy by rule, from what the devices compute fast.
+def auto_policy() -> tuple[str, str]:
+    """Chooses a policy by rule, from what the visible devices compute fast.
 
     TPU, GPUs of compute capability 8 or more, CPU with AVX512-BF16 or AMX-BF16:
     `mixed_bfloat16`. GPUs of 7.x: `mixed_float16`. All else: `float32`. Of several
     GPUs the oldest decides.
 
-    Args:
-        devices: the devices to use; those visible to TensorFlow by default.
-        details: gives a GPU's details, with `compute_capability`.
-        cpu_flags: the processor's flags; read from /proc/cpuinfo by default.
-
     Returns:
         The policy's name, and the reason in words.
     """
-    devices = tf.config.get_visible_devices() if devices is None else devices
+    devices = tf.config.get_visible_devices()
     if on_tpu() or any(device.device_type == "TPU" for device in devices):
         return "mixed_bfloat16", "a TPU"
-    gpus = [details(device) for device in devices if device.device_type == "GPU"]
+    gpus = [tf.config.experimental.get_device_details(device)
+            for device in devices if device.device_type == "GPU"]  # fmt: skip
     if gpus:
         major, minor = min(gpu.get("compute_capability", (0, 0)) for gpu in gpus)
-        name = {7: "mixed_float16"}.get(major, "float32")
-        name = "mixed_bfloat16" if major >= 8 else name
+        old = "mixed_float16" if major == 7 else "float32"
+        name = "mixed_bfloat16" if major >= 8 else old
         return name, f"a GPU of compute capability {major}.{minor}"
-    flags = _read_cpu_flags() if cpu_flags is None else cpu_flags
-    fast = sorted({"avx512_bf16", "amx_bf16"} & set(flags.split()))
+    fast = sorted({"avx512_bf16", "amx_bf16"} & set(_read_cpu_flags().split()))
     if fast:
         return "mixed_bfloat16", f"a CPU with {' and '.join(fast)}"
     return "float32", "a CPU without fast bfloat16"

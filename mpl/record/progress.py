@@ -36,7 +36,7 @@ class Progress:
     ):
         self._global_batch_size = global_batch_size
         self._per_epoch = batches_per_epoch
-        self._file = file
+        self._file = file or sys.stdout
         self._total_steps: int | None = None
         self._values: Mapping[str, Any] = {}
         self._speed = ""
@@ -46,24 +46,22 @@ class Progress:
     def start(self, step: int, total_steps: int | None) -> None:
         """Opens the live line, where there can be one."""
         self._total_steps = total_steps
-        self._live = _live_line(self._file or sys.stdout)
+        self._live = _live_line(self._file)
 
     def train(
         self, step: int, values: Mapping[str, Any], steps_per_sec: float | None
     ) -> None:
         """Shows step, loss, metrics, examples/s, time left, loss scale and skips."""
         self._close_epoch()
-        self._values = values
-        self._speed = self._tail(step, values, steps_per_sec)
-        if self._per_epoch and step % self._per_epoch == 0:
+        self._values, self._speed = values, self._tail(step, values, steps_per_sec)
+        if self._ends_epoch(step):
             self._open_epoch = step  # its line waits for the validation of this step
         else:
             self._show(f"{self._place(step)}  {_joined(values)}  {self._speed}")
 
     def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Shows the result of one evaluation, at an epoch's end beside training's."""
-        ends_epoch = bool(self._per_epoch) and step % (self._per_epoch or 1) == 0
-        if ends_epoch and split == "validation" and self._values:
+        if self._ends_epoch(step) and split == "validation" and self._values:
             self._open_epoch = step
             self._close_epoch(f" | validation: {_joined(values)}")
         else:
@@ -77,6 +75,9 @@ class Progress:
             self._live.stop()
             atexit.unregister(self._live.stop)
             self._live = None
+
+    def _ends_epoch(self, step: int) -> bool:
+        return self._per_epoch is not None and step % self._per_epoch == 0
 
     def _close_epoch(self, validation: str = "") -> None:
         if self._open_epoch is not None:
@@ -109,7 +110,7 @@ class Progress:
 
     def _show(self, line: str, lasting: bool = False) -> None:
         if self._live is None:
-            print(line.rstrip(), file=self._file or sys.stdout, flush=True)
+            print(line.rstrip(), file=self._file, flush=True)
         elif lasting:
             self._live.console.print(line, soft_wrap=True)
         else:

@@ -1,6 +1,5 @@
 """From gradients to a decision: micro-batches, reduction, checks, all or nothing."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -172,27 +171,10 @@ def _wide(reduce_dtype: tf.DType, bucket: Any) -> tf.DType:
     return master if master.size > 4 else reduce_dtype
 
 
-def parse_reduce_dtype(name: Any) -> tf.DType | str:
-    """Returns the dtype of this name, or "compute".
-
-    Raises:
-      ConfigError: it is neither.
-    """
-    if name == "compute":
-        return name
-    with contextlib.suppress(TypeError):
-        if tf.as_dtype(name).is_floating:
-            return tf.as_dtype(name)
-    raise errors.ConfigError(
-        f"`reduce_dtype` ({name}) must be a floating dtype or 'compute'.",
-        "Use float32, or 'compute' to sum 16-bit gradients in 16 bits.",
-    )
-
-
 def _reduce_dtype(optimizer: Any, bucket: Any) -> tf.DType:
     if optimizer.reduce_dtype == "compute":
         return bucket.kind.compute
-    return _wide(optimizer.reduce_dtype, bucket)
+    return _wide(tf.as_dtype(optimizer.reduce_dtype), bucket)
 
 
 def _cast(gradient: Any, dtype: tf.DType) -> Any:

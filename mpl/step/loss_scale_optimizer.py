@@ -1,5 +1,6 @@
 """The optimizer of a mixed-precision step: reduce, check, then update or skip."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ class LossScaleOptimizer(tf.Module):
     ):
         super().__init__(name="loss_scale_optimizer")
         inner_lib.check(inner)
-        _check_numbers(clip_norm, ema_decay, nominal_weight)
+        _check(clip_norm, ema_decay, nominal_weight, reduce_dtype)
         self.inner = inner
         self.loss_scale = loss_scale_lib.get_loss_scale(
             loss_scale, weights.policy if weights else None
@@ -87,7 +88,7 @@ class LossScaleOptimizer(tf.Module):
         self.clip_norm = clip_norm
         self.ema_decay = ema_decay
         self.nominal_weight = float(nominal_weight)
-        self.reduce_dtype = gradients_lib.parse_reduce_dtype(reduce_dtype)
+        self.reduce_dtype = reduce_dtype
         self.share = self.loss_scale.register()
         self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []
@@ -380,24 +381,27 @@ class LossScaleOptimizer(tf.Module):
         self._import(slots)
 
 
-def _check_numbers(
-    clip_norm: float | None, ema_decay: float | None, nominal_weight: float
+def _check(
+    clip_norm: float | None, ema_decay: float | None, nominal_weight: float,
+    reduce_dtype: Any,
 ) -> None:
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
-        raise errors.ConfigError(
-            f"`clip_norm` ({clip_norm}) must be positive and finite.",
-            "Use a number such as 1.0, or None not to clip.",
-        )
+        cause = f"`clip_norm` ({clip_norm}) must be positive and finite."
+        remedy = "Use a number such as 1.0, or None not to clip."
+        raise errors.ConfigError(cause, remedy)
     if ema_decay is not None and not 0 < ema_decay < 1:
-        raise errors.ConfigError(
-            f"`ema_decay` ({ema_decay}) must lie between 0 and 1.",
-            "Use a number such as 0.999, or None for no averages.",
-        )
+        cause = f"`ema_decay` ({ema_decay}) must lie between 0 and 1."
+        remedy = "Use a number such as 0.999, or None for no averages."
+        raise errors.ConfigError(cause, remedy)
     if not 0 < nominal_weight < float("inf"):
-        raise errors.ConfigError(
-            f"`nominal_weight` ({nominal_weight}) must be positive and finite.",
-            "Use the global batch size, or 1.0.",
-        )
+        cause = f"`nominal_weight` ({nominal_weight}) must be positive and finite."
+        raise errors.ConfigError(cause, "Use the global batch size, or 1.0.")
+    with contextlib.suppress(TypeError):  # it names no dtype
+        if reduce_dtype == "compute" or tf.as_dtype(reduce_dtype).is_floating:
+            return
+    cause = f"`reduce_dtype` ({reduce_dtype}) must be a floating dtype or 'compute'."
+    remedy = "Use float32, or 'compute' to sum 16-bit gradients in 16 bits."
+    raise errors.ConfigError(cause, remedy)
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:

@@ -250,7 +250,8 @@ def test_a_worker_for_each_pod(pods, monkeypatch):
     assert set(selectors) == {"job-name=digits"}
 
 
-@pytest.mark.parametrize("workers, there, count", [(None, 1, 2), ("3", 2, 3)])
+@pytest.mark.parametrize("workers, there, count", [
+    (None, 1, 2), ("3", 2, 3), ("two", 2, "two")])
 def test_pods_that_are_not_all_there(workers, there, count, pods, monkeypatch):
     pods(*[(f"p{n}", f"10.0.0.{n}", "Running") for n in range(there)])
     monkeypatch.setenv("NODE_IP", "10.0.0.0")

@@ -116,7 +116,8 @@ def machine(monkeypatch, tmp_path):
 
         config = FakeConfig(names)
         fake = types.SimpleNamespace(
-            config=config, distribute=tf.distribute, __version__="2.21.0",
+            config=config, distribute=tf.distribute, DeviceSpec=tf.DeviceSpec,
+            __version__="2.21.0",
             sysconfig=types.SimpleNamespace(get_build_info=lambda: build),
         )  # fmt: skip
         monkeypatch.setattr(devices, "tf", fake)
@@ -435,6 +436,13 @@ def test_the_topology_of_a_tpu(machine):
     assert lines[-1] == "Strategy  TPUStrategyV2, 32 replicas on 32 TPUs: --tpu=pod"
 
 
+def test_a_chief_without_gpus_tells_those_of_its_workers(machine):
+    machine()
+    strategy = _strategy("/device:GPU:0", kind="ParameterServerStrategyV2")
+    assert report(strategy, "tried").splitlines()[-1] == (
+        "Strategy  ParameterServerStrategyV2, 1 replica on GPU 0: tried")
+
+
 def test_a_strategy_of_several_processes_tells_its_own_devices(machine):
     machine(["Tesla T4"] * 2)
     strategy = object.__new__(tf.distribute.MultiWorkerMirroredStrategy)
@@ -456,14 +464,19 @@ def test_a_strategy_of_several_processes_tells_its_own_devices(machine):
         ("model name\t: Old\nflags\t\t: avx512_bf16x amx_bf16x\n", 2, "Old, 2 cores"),
     ],
 )  # fmt: skip
-def test_the_cpu_and_what_it_has_for_16_bits(text, cores, shown):
-    assert describe_cpu(text, cores) == shown
+def test_the_cpu_and_what_it_has_for_16_bits(text, cores, shown, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(devices, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: cores)
+    assert describe_cpu() == shown
 
 
-def test_a_cpu_without_cpuinfo_has_the_platforms_name(monkeypatch):
+def test_a_cpu_without_cpuinfo_has_the_platforms_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(devices.platform, "processor", lambda: "")
     monkeypatch.setattr(devices.platform, "machine", lambda: "arm64")
-    assert describe_cpu("", 8) == "arm64, 8 cores"
+    assert describe_cpu() == "arm64, 8 cores"
 
 
 def test_on_this_machine_without_gpus_the_table_has_three_lines(

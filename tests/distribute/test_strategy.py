@@ -10,12 +10,11 @@ import tensorflow as tf
 from mpl.distribute import (
     Cluster,
     check_batch,
-    choose_name,
     distribute_dataset,
     get_strategy,
     reason,
 )
-from mpl.distribute.strategy import choose_devices
+from mpl.distribute.strategy import choose_devices, choose_name
 from mpl.errors import ConfigError
 
 
@@ -108,13 +107,32 @@ def test_one_device_has_nothing_to_communicate_and_a_tpu_all_its_cores():
         get_strategy("auto", 2, tpu="local")
 
 
-@pytest.mark.parametrize(("name", "num_devices", "cluster", "words"), [
-    ("auto", None, None, "no GPU was found"), ("auto", 2, None, "--num_devices=2"),
-    ("mirrored", 2, None, "--strategy=mirrored"),
-    ("auto", None, WORKERS, "a cluster of 2 processes"),
+@pytest.mark.parametrize("communication", ["nccl", "ring"])
+def test_on_a_tpu_or_servers_nobody_asks_about_cpus(communication):
+    for name, there in (("tpu", {"tpu": "local"}),
+                        ("parameter_server", {"cluster": SERVERS})):
+        with pytest.raises(ConfigError) as caught:
+            get_strategy(name, **there, communication=communication)
+        assert caught.value.cause == (
+            f"`communication` ({communication}) does not go with `strategy` {name}.")
+
+
+@pytest.mark.parametrize(("name", "num_devices", "cluster", "tpu", "words"), [
+    ("auto", None, None, None, "no GPU was found"),
+    ("auto", 2, None, None, "--num_devices=2"),
+    ("mirrored", 2, None, None, "--strategy=mirrored"),
+    ("auto", None, WORKERS, None, "a cluster of 2 processes"),
+    ("auto", None, None, "v4", "--tpu=v4"),
 ])
-def test_the_reason_of_a_choice(name, num_devices, cluster, words):
-    assert reason(name, num_devices, cluster) == words
+def test_the_reason_of_a_choice(name, num_devices, cluster, tpu, words):
+    assert reason(name, num_devices, cluster, tpu) == words
+
+
+def test_the_reason_knows_hidden_gpus(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind] * 2)
+    for visible, words in ((["GPU"], "all visible GPUs"), ([], "no GPU is visible")):
+        monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: visible)
+        assert reason("auto", None, None) == words
 
 
 def test_get_strategy_on_the_cpu():

@@ -40,21 +40,31 @@ class Resolver:
         return "" if self.tpu == "local" else "grpc://10.0.0.2:8470"
 
 
-def connect(name="v4", timeout_secs=30.0, **calls):
-    """Connects with the fake TPU; returns the strategy and what was called."""
-    log = []
+CALLS = {
+    "resolver": (tf.distribute.cluster_resolver, "TPUClusterResolver"),
+    "connect": (tf.config, "experimental_connect_to_cluster"),
+    "initialize": (tf.tpu.experimental, "initialize_tpu_system"),
+    "strategy": (tf.distribute, "TPUStrategy"),
+}
 
-    def logged(what, result=None):
-        def call(*args, **kwargs):
-            log.append((what, *args, kwargs))
-            return result(*args) if result else None
 
-        return call
+@pytest.fixture
+def calls(monkeypatch):
+    """What is called of TensorFlow, which makes the fake TPU; `calls.set` fakes one."""
+    class Calls(list):
+        def set(self, what, result):
+            def call(*args, **kwargs):
+                self.append((what, *args, kwargs))
+                return result(*args, **kwargs)
 
-    calls = {"make_resolver": Resolver, "connect_to_cluster": logged("connect"),
-             "initialize": logged("initialize"),
-             "make_strategy": logged("strategy", FakeTpu), **calls}
-    return tpu.connect(name, timeout_secs, **calls), log
+            monkeypatch.setattr(*CALLS[what], call)
+
+    calls = Calls()
+    calls.set("resolver", Resolver)
+    calls.set("connect", lambda *args, **kwargs: None)
+    calls.set("initialize", lambda *args: None)
+    calls.set("strategy", FakeTpu)
+    return calls
 
 
 @pytest.fixture
@@ -72,48 +82,62 @@ def scopes(monkeypatch):
 
 @pytest.mark.parametrize("name, device", [
     ("v4", "/job:worker/replica:0/task:0/device:CPU:0"), ("local", None)])
-def test_start_up_is_tensorflows(name, device, scopes):
-    strategy, log = connect(name)
+def test_start_up_is_tensorflows(name, device, calls, scopes):
+    strategy = tpu.connect(name, 30.0)
     resolver = strategy.resolver
-    assert resolver.tpu == name
-    assert log == [("connect", resolver, {"make_master_device_default": False}),
-                   ("initialize", resolver, {}), ("strategy", resolver, {})]
+    assert calls == [("resolver", {"tpu": name}),
+                     ("connect", resolver, {"make_master_device_default": False}),
+                     ("initialize", resolver, {}), ("strategy", resolver, {})]
     here = threading.current_thread()
     assert [scope for scope in scopes if "job" in scope[0]] == (
         [(device, here)] if device else [])
 
 
-def test_topology_counts_cores_and_hosts():
-    strategy = FakeTpu()
-    strategy.extended.num_hosts = 2
-    assert tpu.topology(strategy) == "cores: 1, hosts: 2"
+def test_the_log_tells_cores_and_hosts(calls, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        tpu.logging, "info", lambda text, *values: said.append(text % values))
+
+    def of_two_hosts(resolver):
+        strategy = FakeTpu(resolver)
+        strategy.extended.num_hosts = 2
+        return strategy
+
+    calls.set("strategy", of_two_hosts)
+    tpu.connect("local", 30.0)
+    assert said == ["TPU local: cores: 1, hosts: 2."]
 
 
-@pytest.mark.parametrize(
-    "call", ["make_resolver", "connect_to_cluster", "initialize", "make_strategy"])
-def test_what_fails_is_said_at_once(call):
+@pytest.mark.parametrize("call", CALLS)
+def test_what_fails_is_said_at_once(call, calls):
     def fail(*args, **kwargs):
         raise RuntimeError("TPU \"v4\" is not yet ready.\nmore")
 
+    calls.set(call, fail)
     start = time.monotonic()
     with pytest.raises(mpl.ClusterError, match=(
         r"^The TPU 'v4' cannot be used: RuntimeError: TPU \"v4\" is not yet ready\.\n"
         r"Check that the TPU runs and --tpu is its name"
     )):
-        connect(**{call: fail})
+        tpu.connect("v4", 30.0)
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize(
-    "call", ["make_resolver", "connect_to_cluster", "initialize", "make_strategy"])
-def test_what_hangs_is_given_up(call):
+@pytest.mark.parametrize("call", CALLS)
+def test_what_hangs_is_given_up(call, calls):
     over = threading.Event()
+
+    def hang(*args, **kwargs):
+        over.wait(60)
+        raise RuntimeError("The thread ends here.")
+
+    calls.set(call, hang)
     start = time.monotonic()
     try:
         with pytest.raises(mpl.ClusterError, match=(
             r"^The TPU 'v4' did not answer within 0.2 s\.\nCheck .*--cluster_timeout"
         )):
-            connect(timeout_secs=0.2, **{call: lambda *args, **kwargs: over.wait(60)})
+            tpu.connect("v4", 0.2)
         assert time.monotonic() - start < 10
     finally:
         over.set()

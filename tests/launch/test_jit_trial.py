@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
+from mpl.distribute import devices
 from mpl.launch import jit_trial
 from mpl.record.checkpoint import Checkpoints
 
@@ -149,6 +150,22 @@ def test_the_end_of_a_part_before_its_time_ends_the_block():
     assert trial.train(stops_after_three, 20) == 3
 
 
+def test_xla_may_fail_without_a_word():
+    experiment, train = fake(10_000)
+    experiment.trainer.reset_iterator = lambda position: None
+    trial = Timed(experiment, 0.1, 0.25)
+
+    def fails(count):
+        if experiment.trainer.variant == "compiled":
+            raise NotImplementedError
+        train(count)
+
+    for _ in range(3):
+        assert trial.train(fails, 20) == 20
+    (switches, why), = trial.remembered
+    assert why == "XLA failed: NotImplementedError" and not switches[-1][1]
+
+
 def test_an_error_of_training_is_raised():
     experiment, _ = fake(10_000)
     trial = jit_trial.JitTrial(experiment)
@@ -252,6 +269,19 @@ def test_a_choice_is_remembered_for_its_model_and_device(
     assert switches() == []
     (tmp_path / jit_trial.FILE).write_text("{")
     assert switches() == []
+
+
+def test_the_device_of_a_choice_is_the_one_that_trains(strategy_of, monkeypatch):
+    """Not one that is there and hidden: --visible_devices=cpu, or =1."""
+    experiment, there = prepared(Line, strategy_of(1)), ["H200", "T4"]
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: there)
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda gpu: {"device_name": gpu})
+    keys = []
+    for visible in (there, ["H200"], ["T4"], []):
+        monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: visible)
+        keys.append(jit_trial._key(experiment).split("; ")[0])
+    assert keys == ["H200", "H200", "T4", devices.describe_cpu()]
 
 
 def test_a_folder_that_takes_no_file_is_no_error(strategy_of, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import datetime
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import logging
@@ -24,13 +25,17 @@ class Config(RunConfig):
 
 
 @pytest.fixture
-def runs(tmp_path):
-    return str(tmp_path / "runs")
+def runs(tmp_path, monkeypatch):
+    """The folder of all runs; it is noon."""
+    monkeypatch.setattr(workdir, "RUNS", str(tmp_path / "runs"))
+    clock = types.SimpleNamespace(datetime=types.SimpleNamespace(now=lambda: NOON))
+    monkeypatch.setattr(workdir, "datetime", clock)
+    return workdir.RUNS
 
 
 def test_a_new_run_is_named_by_the_time_and_latest_points_to_it(runs):
-    first = workdir.create(None, "digits", now=NOON, runs=runs)
-    second = workdir.create(None, "digits", now=NOON, runs=runs)
+    first = workdir.create(None, "digits")
+    second = workdir.create(None, "digits")
     assert first == os.path.join(runs, "digits", "20240506-120000")
     assert second == first + "-1"
     assert os.readlink(os.path.join(runs, "digits", "latest")) == "20240506-120000-1"
@@ -41,14 +46,14 @@ def test_a_new_run_is_named_by_the_time_and_latest_points_to_it(runs):
 
 def test_a_folder_given_by_hand_may_exist_and_moves_no_link(tmp_path, runs):
     path = str(tmp_path / "a" / "b")
-    assert workdir.create(path, "digits", runs=runs) == path
-    assert workdir.create(path, "digits", runs=runs) == path
+    assert workdir.create(path, "digits") == path
+    assert workdir.create(path, "digits") == path
     assert os.path.isdir(path) and not os.path.exists(runs)
 
 
 def test_finding_a_run(tmp_path, runs):
     def find(**settings):
-        return workdir.find_run(RunConfig(**settings), "digits", runs)
+        return workdir.find_run(RunConfig(**settings), "digits")
 
     assert find() is None  # training: a new run
     by_hand = str(tmp_path / "mine")
@@ -59,7 +64,7 @@ def test_finding_a_run(tmp_path, runs):
         with pytest.raises(ConfigError, match="needs a run of digits") as caught:
             find(**settings)
         assert "--mode=train_and_eval" in caught.value.remedy
-    made = workdir.create(None, "digits", now=NOON, runs=runs)
+    made = workdir.create(None, "digits")
     workdir.write_flagfile(made, RunConfig())
     assert find() is None
     assert find(resume=True) == find(mode="eval") == made
@@ -121,7 +126,7 @@ def test_an_unwritable_folder_is_refused_and_nothing_is_left(tmp_path):
 def test_a_folder_in_the_place_of_the_link_is_an_error(runs):
     os.makedirs(os.path.join(runs, "digits", "latest"))
     with pytest.raises(ConfigError, match="must be a folder that takes files"):
-        workdir.create(None, "digits", runs=runs)
+        workdir.create(None, "digits")
 
 
 def test_the_flagfile_repeats_the_run_without_its_folder(tmp_path):

@@ -365,8 +365,9 @@ def test_wrong_arguments(argument, value):
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), 2.0**127])
 def test_wrong_static_value(value):
-    with pytest.raises(ConfigError, match="`value`"):
+    with pytest.raises(ConfigError, match="`value`") as error:
         StaticLossScale(value)
+    assert error.value.remedy == "Use a power of two such as 1024."
 
 
 @pytest.mark.parametrize(
@@ -395,7 +396,10 @@ def test_auto_sees_float16_overrides_and_needs_no_policy():
     assert not get_loss_scale("auto").is_dynamic
 
 
-@pytest.mark.parametrize("name", ["big", "nan", "0", None, -2, "inf"])
+@pytest.mark.parametrize("name", ["big", "nan", "0", None, -2, "inf", 1e300, []])
 def test_unknown_loss_scale(name):
-    with pytest.raises(ConfigError, match=r"`loss_scale` \(.*auto, none, dynamic"):
+    with pytest.raises(ConfigError) as error:
         get_loss_scale(name, get_policy("float32"))
+    assert error.value.cause == (
+        f"`loss_scale` ({name}) must be auto, none, dynamic or a number from 2**-126 "
+        "to 2**126.")

@@ -111,14 +111,16 @@ Device = collections.namedtuple("Device", ["device_type", "compute_capability"])
         ([("CPU", None)], "", "float32", "without"),
     ],
 )
-def test_rule_of_auto(devices, cpu_flags, expected, reason):
+def test_rule_of_auto(devices, cpu_flags, expected, reason, monkeypatch):
     def details(device):
         found = device.compute_capability
         return {"compute_capability": found} if found else {}
 
-    name, why = auto_policy(
-        [Device(*d) for d in devices], details=details, cpu_flags=cpu_flags
-    )
+    found = [Device(*device) for device in devices]
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda: found)
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
+    monkeypatch.setattr(policy_module, "_read_cpu_flags", lambda: cpu_flags)
+    name, why = auto_policy()
     assert name == expected and reason in why
 
 
@@ -139,7 +141,8 @@ def test_auto_reads_the_machine_and_logs_why(monkeypatch):
 def test_auto_looks_at_visible_devices_only(monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda: [Device("TPU", 1)])
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda: [Device("CPU", None)])
-    assert auto_policy(cpu_flags="")[0] == "float32"
+    monkeypatch.setattr(policy_module, "_read_cpu_flags", lambda: "")
+    assert auto_policy()[0] == "float32"
 
 
 def test_no_cpuinfo_is_no_fast_bfloat16(monkeypatch):
@@ -147,7 +150,7 @@ def test_no_cpuinfo_is_no_fast_bfloat16(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr("builtins.open", absent)
-    name, _ = auto_policy([Device("CPU", None)])
+    name, _ = auto_policy()
     assert name == "float32"
 
 
