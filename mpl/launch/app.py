@@ -187,7 +187,8 @@ def _strategy(
     strategy = distribute.get_strategy(
         config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
         communication=config.communication, timeout_secs=config.cluster_timeout)
-    why = distribute.reason(config.strategy, config.num_devices, cluster)
+    why = distribute.reason(
+        config.strategy, config.num_devices, cluster, config.tpu)
     print(distribute.report(strategy, why), flush=True)
     return strategy
 

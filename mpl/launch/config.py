@@ -113,7 +113,7 @@ class RunConfig:
     device_report: bool = _setting(
         False, "Print what devices were found, what was chosen and why, and end.")
     tpu: str | None = _setting(
-        None, "Name or address of a TPU; local: the one of this machine. none: none.")
+        None, "Name or address of a TPU; local: the one of this machine. none: no TPU.")
     cluster_timeout: int = _setting(
         300, "Seconds to wait until all processes of a cluster, or a TPU, are there.",
         minimum=1)
@@ -167,7 +167,8 @@ class RunConfig:
     accumulate_steps: int = option(
         1, "Micro-batches in a step; they share --global_batch_size.", minimum=1)
     ema_decay: float | None = option(
-        None, "Decay of the weights' moving average; none: none.", above=0, below=1)
+        None, "Decay of the weights' moving average. none: no average.", above=0,
+        below=1)
     early_stop: str | None = _setting(
         None, "METRIC:PATIENCE stops after PATIENCE evaluations without a better "
         "validation METRIC and tests the best checkpoint. Losses and errors are better "
