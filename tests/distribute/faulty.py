@@ -10,7 +10,6 @@ can write files.
 import atexit
 import os
 import pathlib
-import resource
 import signal
 import sys
 import tempfile
@@ -87,6 +86,14 @@ class FaultySaving(Checkpoints):
         super()._commit(names)
 
 
+class ReadOnly(tf.io.gfile.GFile):
+    def __init__(self, name, mode="r"):
+        assert mode.startswith("r"), f"{name} is written by another than the chief"
+        super().__init__(name, mode)
+
+
+if cluster is not None and cluster.rank:
+    tf.io.gfile.GFile = ReadOnly
 if phase == "save":
     session.Checkpoints = FaultySaving
 if mine and phase == "start":
@@ -99,8 +106,6 @@ if __name__ == "__main__":
     atexit.register(copy.unlink, missing_ok=True)
     if mine and phase == "flags":
         sys.argv.append("--clip_norm=3")
-    if cluster is not None and cluster.rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     mpl.run(Faulty, train_steps=40, eval_every_steps=10, checkpoint_every_steps=5,
             steps_per_loop=5, log_every_steps=5, global_batch_size=8,
             policy="float32", optimizer="sgd", learning_rate=0.1)

@@ -70,7 +70,7 @@ def test_the_chief_alone_exports_and_predicts(undisturbed, tmp_path):
     workdir, output = undisturbed
     assert {path.name for path in workdir.iterdir()} == {
         "checkpoints", "export", "flagfile.txt", "lock", "metrics.jsonl",
-        "predictions.npz"}
+        "predictions.npz", "summaries"}
     count, = re.findall(r"^\[worker 0\] Predictions for (\d+) examples", output, re.M)
     predicted = np.load(workdir / "predictions.npz")["predictions"]
     assert int(count) == len(predicted) == 50
