@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -208,11 +209,10 @@ class FileSource(Source):
             for number, _ in enumerate(self._read(tf.constant(path)), 1):
                 pass
         except tf.errors.OpError as error:
-            raise ConfigError(
-                f"File {path} cannot be read after {number} examples: "
-                + error.message.partition("\n")[0],
-                "Repair it or leave it out.",
-            ) from error
+            line = error.message.partition("\n")[0]  # with names of nodes
+            reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", line)
+            cause = f"File {path} cannot be read after {number} examples: {reason}."
+            raise ConfigError(cause, "Repair it or leave it out.") from error
 
 
 @contextlib.contextmanager
@@ -227,8 +227,8 @@ def naming_damage(sources: Iterable[Source]) -> Iterator[None]:
     """
     try:
         yield
-    except tf.errors.DataLossError as error:
-        logging.error("%s. All files are read to find it.", error.message)
+    except tf.errors.DataLossError:
+        logging.error("A record is damaged; all files are read to find it.")
         for source in sources:
             if isinstance(source, FileSource):
                 source.count_examples()

@@ -125,9 +125,9 @@ def _gpus(workers: int) -> list[str]:
     gpus = [gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
     share = len(gpus) // workers
     if gpus and not share:
-        cause = f"`workers` ({workers}) must be at most {len(gpus)}, the number of GPUs."
-        remedy = "Start fewer, or hide the GPUs from all: CUDA_VISIBLE_DEVICES=-1."
-        raise ConfigError(cause, remedy)
+        raise ConfigError(
+            f"`workers` ({workers}) must be at most the number of GPUs ({len(gpus)}).",
+            "Start fewer, or hide the GPUs from all: CUDA_VISIBLE_DEVICES=-1.")
     return [",".join(gpus[n * share:(n + 1) * share]) for n in range(workers) if gpus]
 
 

@@ -299,7 +299,7 @@ def records(tmp_path):
         else:
             del content[2 * RECORD + 12:]
         pathlib.Path(files[1]).write_bytes(content)
-        return f"^File {files[1]} cannot be read after 2 examples: .*{how} record at "
+        return f"^File {files[1]} cannot be read after 2 examples: {how} record at "
 
     return files, damage
 
@@ -333,6 +333,7 @@ def test_a_file_that_is_damaged_later_is_named_in_training(records, how, counts)
     others = [as_source({"x": np.zeros(3)}), FileSource(files[:1], _read_records)]
     with pytest.raises(ConfigError, match=message), naming_damage([*others, source]):
         trainer.train(10)
+    assert int(trainer.position.numpy()) == 2
     trainer.reset_iterator()
     with pytest.raises(tf.errors.DataLossError), naming_damage(others):
         trainer.train(10)  # damage of something else

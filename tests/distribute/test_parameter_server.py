@@ -258,6 +258,7 @@ def test_ctrl_c_saves_and_ends_all_and_the_same_command_goes_on(tmp_path):
         stopped = re.search(
             r"^\[chief 0\] Stopped at step (\d+); last checkpoint: (.*)\n"
             r"\[chief 0\] Go on with: .* --workdir=(.*)\n", output, re.M)
+        assert stopped, output
         before, step = step, int(stopped[1])
         assert step > before and step == trained(tmp_path)[-1]["step"]
         assert stopped[2] == f"{tmp_path}/checkpoints/ckpt-{step}"

@@ -194,7 +194,7 @@ def test_fewer_gpus_than_workers_are_an_error(
     with pytest.raises(ConfigError) as error:
         local.run(program("touch(me)"), 2)
     assert str(error.value) == (
-        "`workers` (2) must be at most 1, the number of GPUs.\n"
+        "`workers` (2) must be at most the number of GPUs (1).\n"
         "Start fewer, or hide the GPUs from all: CUDA_VISIBLE_DEVICES=-1.")
     assert not list(tmp_path.glob("worker *"))
 
