@@ -1,8 +1,10 @@
 """Examples in files, which several streams read at once."""
 
+import contextlib
 import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -97,7 +99,7 @@ class FileSource(Source):
         Raises:
             ConfigError: a file that cannot be read, with the number of the example.
         """
-        start = time.monotonic()
+        start, counts = time.monotonic(), list[int]()
 
         def count(path: tf.Tensor) -> tf.Tensor:
             # By the thousand: a call for each example takes longer than to read it.
@@ -108,10 +110,10 @@ class FileSource(Source):
 
         paths = tf.data.Dataset.from_tensor_slices(self.files)
         try:
-            counts = [int(n) for n in paths.map(count, tf.data.AUTOTUNE)]
+            for number in paths.map(count, tf.data.AUTOTUNE):
+                counts.append(int(number))
         except tf.errors.OpError:
-            for path in self.files:
-                self._find_fault(path)
+            self._find_fault(self.files[len(counts)])
             raise
         logging.info(
             "Counted %d examples in %d files in %.1f s, which `examples_per_file` "
@@ -207,11 +209,30 @@ class FileSource(Source):
             for number, _ in enumerate(self._read(tf.constant(path)), 1):
                 pass
         except tf.errors.OpError as error:
-            raise ConfigError(
-                f"File {path} cannot be read after {number} examples: "
-                + error.message.partition("\n")[0],
-                "Repair it or leave it out.",
-            ) from error
+            line = error.message.partition("\n")[0]  # with names of nodes
+            reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", line)
+            cause = f"File {path} cannot be read after {number} examples: {reason}."
+            raise ConfigError(cause, "Repair it or leave it out.") from error
+
+
+@contextlib.contextmanager
+def naming_damage(sources: Iterable[Source]) -> Iterator[None]:
+    """Makes the error of a damaged record one that names its file.
+
+    TensorFlow's says where it lies in a file, but not in which. So all files of the
+    sources are read again, and only then.
+
+    Raises:
+        ConfigError: a file cannot be read, with the number of the example.
+    """
+    try:
+        yield
+    except tf.errors.DataLossError:
+        logging.error("A record is damaged; all files are read to find it.")
+        for source in sources:
+            if isinstance(source, FileSource):
+                source.count_examples()
+        raise
 
 
 def _find(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:

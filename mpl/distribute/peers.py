@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -299,8 +300,8 @@ def joined(cluster: Cluster | None, timeout_secs: float) -> Iterator[Peers]:
     except BaseException as error:
         if isinstance(error, _OF_LOSS) and peers.size > 1:
             # TensorFlow gives a host up that is silent before this does.
-            names_a_peer = "/job:" in str(error)
-            deadline = time.monotonic() + (_SILENCE_SECS + 5 if names_a_peer else 5)
+            of_a_peer = re.search("/job:|/tensorflow.CoordinationService", str(error))
+            deadline = time.monotonic() + (_SILENCE_SECS + 5 if of_a_peer else 5)
             while not peers.lost and time.monotonic() < deadline:
                 time.sleep(0.05)
         is_loss = isinstance(error, _OF_LOSS) and peers.lost

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from mpl.distribute.devices import nvidia_smi
 from mpl.errors import ConfigError
 
 # Below the range from which systems take the ports of outgoing connections.
@@ -29,6 +30,7 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _print = functools.partial(print, flush=True)
 _POLL_SECS = 0.1
 _KILL_SECS = 5.0  # between SIGTERM and SIGKILL
+_RESTARTS = 10  # of killed workers, all together
 _EXAMPLE = (
     "Write python -m mpl.launch.local --workers=2 -- python -m experiments.digits "
     "--workdir=<folder>."
@@ -36,12 +38,7 @@ _EXAMPLE = (
 
 
 def run(
-    command: Sequence[str],
-    workers: int,
-    ps: int = 0,
-    *,
-    grace_secs: float = 30.0,
-    restarts: int = 10,
+    command: Sequence[str], workers: int, ps: int = 0, *, grace_secs: float = 30.0
 ) -> int:
     """Runs a command as every process of a cluster, and prints what they print.
 
@@ -49,47 +46,48 @@ def run(
         with ps:     a killed worker is started again; done when the chief is
 
     Each process finds its place in `TF_CONFIG`, leads a group of its own, and sees no
-    terminal. SIGINT, SIGTERM and SIGHUP are passed on; a second SIGINT kills. To be
-    called in the main thread.
+    terminal. Workers share the GPUs evenly; a chief beside them and servers see none.
+    SIGINT, SIGTERM and SIGHUP are passed on; a second SIGINT kills. To be called in the
+    main thread.
 
     Args:
         command: the program and its arguments.
         workers: number of workers; without `ps`, worker 0 is the chief.
         ps: number of parameter servers; with them there is a chief, which coordinates.
         grace_secs: how long the others may take to end by themselves after a failure.
-        restarts: how often killed workers are started again, all together.
 
     Returns:
         0, or the exit code of the first process to fail; 128 + signal if one killed it.
 
     Raises:
-        ConfigError: a number is out of its range, or there is no such program.
+        ConfigError: a number is out of its range, there are GPUs, but fewer than
+            workers, or there is no such program.
     """
-    _check(command, workers, ps, grace_secs, restarts)
+    _check(command, workers, ps, grace_secs)
+    gpus = _gpus(workers)
     counts = {"chief": min(ps, 1), "worker": workers, "ps": ps}
     ports = iter(free_ports(sum(counts.values())))
     jobs = {job: [f"127.0.0.1:{next(ports)}" for _ in range(count)]
             for job, count in counts.items() if count}
-    cluster = _LocalCluster(bool(ps), grace_secs, restarts)
+    cluster = _LocalCluster(_RESTARTS if ps else 0, grace_secs)
     with _heard() as signals:
         try:
             for job, addresses in jobs.items():
                 for index in range(len(addresses)):
                     config = {"cluster": jobs, "task": {"type": job, "index": index}}
-                    environ = {
-                        **os.environ, **_gpus_of(job, index, workers, os.environ),
-                        "TF_CONFIG": json.dumps(config), "PYTHONUNBUFFERED": "1"}
+                    environ = {**os.environ, "TF_CONFIG": json.dumps(config),
+                               "PYTHONUNBUFFERED": "1"}
+                    if gpus:
+                        own = gpus[index] if job == "worker" else "-1"
+                        environ["CUDA_VISIBLE_DEVICES"] = own
                     cluster.running.append(_Process(job, index, command, environ))
             return cluster.wait(signals)
         finally:
             cluster.kill()
 
 
-def _check(
-    command: Sequence[str], workers: int, ps: int, grace_secs: float, restarts: int
-) -> None:
-    least = {"workers": (workers, 1), "ps": (ps, 0), "grace_secs": (grace_secs, 0),
-             "restarts": (restarts, 0)}
+def _check(command: Sequence[str], workers: int, ps: int, grace_secs: float) -> None:
+    least = {"workers": (workers, 1), "ps": (ps, 0), "grace_secs": (grace_secs, 0)}
     for name, (value, minimum) in least.items():
         if value < minimum:
             cause = f"`{name}` ({value}) must be at least {minimum}."
@@ -114,17 +112,23 @@ def free_ports(count: int) -> list[int]:
     raise ConfigError(cause, "Start fewer processes, or end those that hold ports.")
 
 
-def _gpus_of(
-    job: str, index: int, workers: int, environ: Mapping[str, str]
-) -> dict[str, str]:
-    """Returns a worker's share of the GPUs, if there are enough for all workers."""
-    devices = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    devices = [device for device in devices if device.strip() not in ("", "-1")]
-    share = len(devices) // workers
-    if not share:
-        return {}
-    own = devices[index * share:(index + 1) * share] if job == "worker" else ["-1"]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+def _gpus(workers: int) -> list[str]:
+    """Returns each worker's GPUs as in CUDA_VISIBLE_DEVICES; [] where there are none.
+
+    Raises:
+        ConfigError: there are fewer GPUs than workers, which would take each other's
+            memory, and between which NCCL does not sum.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        visible = ",".join(map(str, range(len(nvidia_smi()))))
+    gpus = [gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+    share = len(gpus) // workers
+    if gpus and not share:
+        raise ConfigError(
+            f"`workers` ({workers}) must be at most the number of GPUs ({len(gpus)}).",
+            "Start fewer, or hide the GPUs from all: CUDA_VISIBLE_DEVICES=-1.")
+    return [",".join(gpus[n * share:(n + 1) * share]) for n in range(workers) if gpus]
 
 
 @contextlib.contextmanager
@@ -145,23 +149,23 @@ def _heard() -> Iterator[list[signal.Signals]]:
 class _LocalCluster:
     """The processes that run, and what their ends mean."""
 
-    def __init__(self, has_servers: bool, grace_secs: float, restarts: int):
+    def __init__(self, restarts: int, grace_secs: float):
         self.running: list[_Process] = []
-        self._has_servers, self._restarts = has_servers, restarts
-        self._grace_secs = grace_secs
+        self._restarts, self._grace_secs = restarts, grace_secs
         self._code: int | None = None  # once it is known
-        self._verdict, self._stops = "", False
+        self._verdict = ""
         self._plan: list[tuple[float, signal.Signals]] = []  # when to send what
 
     def wait(self, signals: list[signal.Signals]) -> int:
         """Returns what `run` does, once all have ended."""
         interrupts = 0
         while self.running:
-            pipes = [process for process in self.running if not process.is_closed]
-            for process in select.select(pipes, [], [], _POLL_SECS)[0]:
-                process.show()
+            pipes = {process.pipe: process for process in self.running
+                     if not process.pipe.closed}
+            for pipe in select.select(pipes, [], [], _POLL_SECS)[0]:
+                pipes[pipe].show()
             while signals:
-                self._stops, number = True, signals.pop(0)
+                self._restarts, number = 0, signals.pop(0)
                 interrupts += number == signal.SIGINT
                 _say(f"{number.name} is passed on; a second SIGINT kills.")
                 self.pass_on(signal.SIGKILL if interrupts > 1 else number)
@@ -185,7 +189,8 @@ class _LocalCluster:
         """Leaves no process behind."""
         self.pass_on(signal.SIGKILL)
         for process in self.running:
-            process.reap()
+            process.popen.wait()
+            process.pipe.close()
 
     def _judge(self, process: "_Process", code: int) -> None:
         if self._code is not None:
@@ -193,22 +198,20 @@ class _LocalCluster:
         how = f"exit code {code}"
         if code < 0:
             how = f"killed by signal {-code} ({signal.strsignal(-code)})"
-        is_spare = self._has_servers and process.job == "worker" and code < 0
-        if is_spare and self._restarts and not self._stops:
+        if process.job == "worker" and code < 0 and self._restarts:
             self._restarts -= 1
             _say(f"{process.name}: {how}; it is started again.")
-            self.running.append(process.again())
-        elif code or self._has_servers and process.job == "chief":
-            # Servers and their workers never end by themselves once the chief has.
-            is_over = self._has_servers and process.job == "chief"
+            self.running.append(_Process(*process.start))
+        elif code or process.job == "chief":
             self._code = code if code >= 0 else 128 - code
-            grace_secs = 0.0 if is_over else self._grace_secs
+            # Servers and their workers never end by themselves once the chief has.
+            grace_secs = 0.0 if process.job == "chief" else self._grace_secs
             now = time.monotonic()
             self._plan = [(now + grace_secs, signal.SIGTERM),
                           (now + grace_secs + _KILL_SECS, signal.SIGKILL)]
             if code:
                 self._verdict = f"{process.name} failed first: {how}"
-                if self.running and not is_over:
+                if self.running and process.job != "chief":
                     _say(f"{self._verdict}; the others have {grace_secs:g} s to end.")
 
 
@@ -219,59 +222,45 @@ class _Process:
         self, job: str, index: int, command: Sequence[str], environ: Mapping[str, str]
     ):
         self.job, self.name = job, f"{job} {index}"
-        self._start = (job, index, command, environ)
+        self.start = (job, index, command, environ)
         self._line = ""
         # Each state of a progress line, which ends with \r, becomes a line.
         self._decoder = io.IncrementalNewlineDecoder(
             codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
-        self._popen = subprocess.Popen(
+        self.popen = subprocess.Popen(
             command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=_never_orphaned())
-        assert self._popen.stdout
-        self._pipe = self._popen.stdout
-        os.set_blocking(self._pipe.fileno(), False)
-
-    def again(self) -> "_Process":
-        return _Process(*self._start)
-
-    @property
-    def is_closed(self) -> bool:
-        return self._pipe.closed
-
-    def fileno(self) -> int:
-        return self._pipe.fileno()
+        assert self.popen.stdout
+        self.pipe = self.popen.stdout
+        os.set_blocking(self.pipe.fileno(), False)
 
     def signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, number)
-
-    def reap(self) -> None:
-        self._popen.wait()
-        self._pipe.close()
+            os.killpg(self.popen.pid, number)
 
     def show(self) -> bool:
         """Prints the lines that have come; returns whether there may be more."""
         chunk = None
         with contextlib.suppress(BlockingIOError):
-            chunk = os.read(self._pipe.fileno(), 2**16)
+            chunk = os.read(self.pipe.fileno(), 2**16)
         *lines, self._line = (
             self._line + self._decoder.decode(chunk or b"", final=chunk == b"")
         ).split("\n")
         for line in lines:
             _print(f"[{self.name}] {line}")
         if chunk == b"":
-            self._pipe.close()
+            self.pipe.close()
         return bool(chunk)
 
     def end(self) -> int | None:
         """Returns the exit code, or minus a signal, once the process has ended."""
-        code = self._popen.poll()
+        code = self.popen.poll()
         if code is not None:
             self.signal(signal.SIGKILL)  # what it has started itself
-            while not self.is_closed and self.show():
+            while not self.pipe.closed and self.show():
                 pass
-            self._pipe.close()
+            self.pipe.close()
             if self._line:
                 _print(f"[{self.name}] {self._line}")
         return code
@@ -308,15 +297,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m mpl.launch.local", "%(prog)s --workers=N [--ps=M] -- command ...",
         "Starts a local cluster: the command as each of its processes, with TF_CONFIG.",
         allow_abbrev=False)
-    for name, kind, default, text in (
-        ("workers", int, None, "workers; without --ps, worker 0 is the chief"),
-        ("ps", int, 0, "parameter servers; with them a chief is added"),
-        ("grace_secs", float, 30.0, "seconds the others have to end after a failure"),
-        ("restarts", int, 10, "how often workers are restarted if killed, with --ps"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, required=default is None,
-            help=f"{text} (default: %(default)s)" if default is not None else text)
+    add, shown = parser.add_argument, " (default: %(default)s)"
+    add("--workers", type=int, required=True,
+        help="workers; without --ps, worker 0 is the chief")
+    add("--ps", type=int, default=0,
+        help="parameter servers; with them a chief is added" + shown)
+    add("--grace_secs", type=float, default=30.0,
+        help="seconds the others have to end after a failure" + shown)
     try:
         return run(words[cut + 1:], **vars(parser.parse_args(words[:cut])))
     except ConfigError as error:

@@ -10,7 +10,9 @@ import tensorflow as tf
 from absl import logging
 
 from mpl.data import FileSource, Pipeline, as_source
+from mpl.data.file_source import naming_damage
 from mpl.errors import ConfigError
+from mpl.loop.trainer import Trainer
 
 COUNTS = [5, 1, 9, 3, 0, 7]  # 25 examples
 
@@ -277,33 +279,64 @@ def test_a_wrong_count_is_found_when_it_is_read(
         assert len(read) == len(set(read))  # what is missing had no weight
 
 
-def test_a_damaged_file_is_named_where_examples_are_counted(tmp_path):
+RECORD = 8 + 4 + 1 + 4  # length, its checksum, data, their checksum
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Two files of three records, and a function that damages the last one."""
     files = [str(tmp_path / name) for name in "ab"]
     for file in files:
         with tf.io.TFRecordWriter(file) as writer:
             for number in range(3):
                 writer.write(str(number).encode())
 
-    def read(path):
-        return tf.data.TFRecordDataset(path).map(_parse)
+    def damage(how):
+        content = bytearray(pathlib.Path(files[1]).read_bytes())
+        assert len(content) == 3 * RECORD
+        if how == "corrupted":
+            content[2 * RECORD + 12] ^= 1
+        else:
+            del content[2 * RECORD + 12:]
+        pathlib.Path(files[1]).write_bytes(content)
+        return f"^File {files[1]} cannot be read after 2 examples: {how} record at "
 
-    assert FileSource(files, read).num_examples == 6
-    record = 8 + 4 + 1 + 4  # length, its checksum, data, their checksum
-    whole = pathlib.Path(files[1]).read_bytes()
-    assert len(whole) == 3 * record
-    damaged = bytearray(whole)
-    damaged[2 * record + 12] ^= 1
-    pathlib.Path(files[1]).write_bytes(damaged)
-    message = f"File {files[1]} cannot be read after 2 examples: .*corrupted record"
+    return files, damage
+
+
+def _read_records(path):
+    return tf.data.TFRecordDataset(path).map(_parse)
+
+
+@pytest.mark.parametrize("how", ["corrupted", "truncated"])
+def test_a_damaged_file_is_named_where_examples_are_counted(records, how):
+    files, damage = records
+    assert FileSource(files, _read_records).num_examples == 6
+    message = damage(how)
     with pytest.raises(ConfigError, match=message) as error:
-        FileSource(files, read)
+        FileSource(files, _read_records)
     assert error.value.remedy == "Repair it or leave it out."
-    source = FileSource(files, read, examples_per_file=[3, 3])
-    pipeline = Pipeline(source, global_batch_size=2, shuffle=False, repeat=False)
-    with pytest.raises(tf.errors.DataLossError):
-        _batches(pipeline)
-    with pytest.raises(ConfigError, match=message):
-        source.count_examples()
+
+
+@pytest.mark.parametrize("counts", [None, [3, 3]])
+@pytest.mark.parametrize("how", ["corrupted", "truncated"])
+def test_a_file_that_is_damaged_later_is_named_in_training(records, how, counts):
+    class Reader(Trainer):
+        def train_step(self, iterator):
+            next(iterator)
+
+    files, damage = records
+    source = FileSource(files, _read_records, examples_per_file=counts)
+    message = damage(how)
+    pipeline = Pipeline(source, global_batch_size=2, shuffle=False, repeat=True)
+    trainer = Reader(pipeline.dataset())
+    others = [as_source({"x": np.zeros(3)}), FileSource(files[:1], _read_records)]
+    with pytest.raises(ConfigError, match=message), naming_damage([*others, source]):
+        trainer.train(10)
+    assert int(trainer.position.numpy()) == 2
+    trainer.reset_iterator()
+    with pytest.raises(tf.errors.DataLossError), naming_damage(others):
+        trainer.train(10)  # damage of something else
 
 
 def test_a_record_that_cannot_be_parsed_is_named(tmp_path):

@@ -1,8 +1,9 @@
 """One process of a cluster with parameter servers; what the chief does has a name.
 
     TF_CONFIG=... python tests/distribute/coordinated_run.py <what> <folder>
+    TF_CONFIG=... python tests/distribute/coordinated_run.py --workdir=<folder> ...
 
-The chief writes what it saw to <folder>/<what>.json.
+The chief writes what it saw to <folder>/<what>.json; with flags it is a run as any.
 """
 
 import contextlib
@@ -169,6 +170,9 @@ def run(strategy, folder):
 
 
 def main():
+    if sys.argv[1].startswith("--"):
+        mpl.run(Blobs)
+        return
     what, folder = sys.argv[1:]
     cluster = distribute.find_cluster()
     if cluster.job != "chief":

@@ -1,9 +1,10 @@
-"""A small experiment of which one process can be told to die, or to differ.
+"""A small experiment of which one process can be told to die, to stop or to differ.
 
     FAULT=train:1:12 python -m mpl.launch.local --workers=2 -- python faulty.py …
 
-FAULT is PHASE:RANK:STEP; PHASE start, train, eval, save (SIGKILL there), raise; or
-data, code, flags, which are other ones then.
+FAULT is PHASE:RANK:STEP; PHASE start, train, eval, save (SIGKILL there), stop (SIGSTOP
+in training), raise; or data, code, flags, which are other ones then. The chief alone
+can write files.
 """
 
 import atexit
@@ -12,6 +13,7 @@ import pathlib
 import signal
 import sys
 import tempfile
+import time
 
 import keras
 import numpy as np
@@ -19,11 +21,20 @@ import tensorflow as tf
 
 import mpl
 from mpl import distribute
+from mpl.launch import session
 from mpl.record.checkpoint import Checkpoints
 
 cluster = distribute.find_cluster()
 phase, rank, step = f"{os.environ.get('FAULT', '')}::".split(":")[:3]
 mine = cluster is not None and rank == str(cluster.rank)
+
+
+def end(*_, **__):
+    """Ends or stops this process, or fails."""
+    print("fault at", time.time(), flush=True)
+    if phase == "raise":
+        raise ValueError("told to fail")
+    os.kill(os.getpid(), signal.SIGSTOP if phase == "stop" else signal.SIGKILL)
 
 
 class Faulty(mpl.Experiment):
@@ -40,9 +51,12 @@ class Faulty(mpl.Experiment):
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["y"], logits)
         return mpl.LossOutput(losses, batch["weight"])
 
+    def predict(self, batch):
+        return tf.nn.softmax(self.model(batch["x"]))
+
     def setup(self, config, strategy):
         super().setup(config, strategy)
-        if mine and phase in ("train", "eval", "raise"):
+        if mine and phase in ("train", "eval", "stop", "raise"):
             loop = self.evaluators["validation"] if phase == "eval" else self.trainer
             name = "eval_begin" if phase == "eval" else "train_loop_begin"
             before = getattr(loop, name)
@@ -50,20 +64,40 @@ class Faulty(mpl.Experiment):
 
     def fail(self):
         if int(self.global_step) >= int(step):
-            if phase == "raise":
-                raise ValueError("told to fail")
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
 
 
-if mine and phase == "save":
-    def commit(self, names):
+class FaultySaving(Checkpoints):
+    """The chief is slow to end a save, in which it or the other one is killed."""
+
+    def save(self, number):
+        index = pathlib.Path(self.directory, f"ckpt-{step}.index")
+        if mine and cluster.rank and str(number) == step:
+            while not index.exists():  # the chief's `_commit` follows
+                time.sleep(0.05)
+            end()
+        return super().save(number)
+
+    def _commit(self, names):
         if names[-1] == f"ckpt-{step}":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return former(self, names)
+            if mine:
+                end()
+            time.sleep(4)
+        super()._commit(names)
 
-    former, Checkpoints._commit = Checkpoints._commit, commit
+
+class ReadOnly(tf.io.gfile.GFile):
+    def __init__(self, name, mode="r"):
+        assert mode.startswith("r"), f"{name} is written by another than the chief"
+        super().__init__(name, mode)
+
+
+if cluster is not None and cluster.rank:
+    tf.io.gfile.GFile = ReadOnly
+if phase == "save":
+    session.Checkpoints = FaultySaving
 if mine and phase == "start":
-    distribute.get_strategy = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    distribute.get_strategy = end
 if __name__ == "__main__":
     copy = pathlib.Path(tempfile.gettempdir(), f"other_{os.getppid()}.py")
     if mine and phase == "code" and "other_" not in __file__:

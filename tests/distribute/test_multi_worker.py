@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+import mpl
 from mpl.launch import local
 
 pytestmark = pytest.mark.slow
@@ -20,20 +22,21 @@ SECS = 200  # after which a cluster that hangs fails its test
 
 
 def start(workdir, *flags, fault="", workers=2, grace_secs=120):
-    """Runs a cluster to its end; returns exit code, output, seconds."""
+    """Runs a cluster to its end; returns exit code, output, seconds since the fault."""
     command = [sys.executable, "-m", "mpl.launch.local", f"--workers={workers}",
                f"--grace_secs={grace_secs}", "--", sys.executable, FAULTY, *flags,
                f"--summary_every_steps={MARK}"]
     command += [f"--workdir={workdir}"] * (workdir is not None)
-    began = time.monotonic()
     done = subprocess.run(
         command, timeout=SECS, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FAULT": fault})
+    ended = time.time()
     left = subprocess.run(["pgrep", "-f", f"{FAULTY} .*{MARK}"], text=True,
                           stdout=subprocess.PIPE).stdout.split()
     assert not left
-    return done.returncode, done.stdout, time.monotonic() - began
+    at = re.search(r"fault at (.*)", done.stdout)
+    return done.returncode, done.stdout, ended - float(at[1]) if at else None
 
 
 def final(output):
@@ -45,7 +48,7 @@ def final(output):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "undisturbed"
-    code, output, _ = start(workdir)
+    code, output, _ = start(workdir, "--mode=all")
     assert code == 0, output
     return workdir, output
 
@@ -53,29 +56,60 @@ def undisturbed(tmp_path_factory):
 def test_the_chief_alone_writes_and_reports(undisturbed):
     workdir, output = undisturbed
     assert len(re.findall(r"MultiWorkerMirroredStrategy, 2 replicas", output)) == 2
-    steps = [json.loads(line)["step"] for line in
-             (workdir / "metrics.jsonl").read_text().splitlines()
-             if json.loads(line).get("split") == "train"]
+    lines = [json.loads(line) for line in
+             (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["split"] == "train"]
     assert steps == list(range(5, 45, 5))
-    assert not re.findall(r"\[worker 1\] (step|Files|faulty)", output)
+    assert [line["step"] for line in lines if line["split"] == "test"] == [40]
+    assert not re.findall(r"\[worker 1\] (step|Files|Exported|Pred|faulty)", output)
     assert final(output)
 
 
-LAST = {"train:1:12": 15, "train:0:12": 15, "eval:1:20": 15, "save:0:25": 20}
+def test_the_chief_alone_exports_and_predicts(undisturbed, tmp_path):
+    """Of a file that another process writes, faulty.py makes an error."""
+    workdir, output = undisturbed
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints", "export", "flagfile.txt", "lock", "metrics.jsonl",
+        "predictions.npz", "summaries"}
+    count, = re.findall(r"^\[worker 0\] Predictions for (\d+) examples", output, re.M)
+    predicted = np.load(workdir / "predictions.npz")["predictions"]
+    assert int(count) == len(predicted) == 50
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    for mode, name in ("export", "model"), ("predict", "predicted.npz"):
+        code, output, _ = start(
+            workdir, f"--mode={mode}", f"--output={tmp_path / name}")
+        assert code == 0, output
+        assert len(re.findall(f" {tmp_path / name}", output)) == 1
+    for path in workdir / "export", tmp_path / "model":
+        np.testing.assert_allclose(
+            mpl.load_predictor(path)({"x": x}), predicted, rtol=1e-5)
+    again = np.load(tmp_path / "predicted.npz")["predictions"]
+    np.testing.assert_array_equal(again, predicted)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "predicted.npz"}
 
 
-@pytest.mark.parametrize("fault", LAST)
-def test_a_killed_process_is_named_and_nothing_is_lost(fault, undisturbed, tmp_path):
-    phase, rank, step = fault.split(":")
-    code, output, secs = start(tmp_path / "run", fault=fault)
-    assert code == 128 + 9 and secs < 120
-    other = 1 - int(rank)
-    assert re.search(
-        rf"^\[worker {other}\] worker {rank} \(127.0.0.1:\d+\) is gone: its process "
-        r"has ended\.\n(.*\n)*\[worker \d\] Run the same command again", output, re.M)
+# In one run after another, at which step, and the last checkpoint by then.
+FAULTS = [("train", 7, 10), ("eval", 20, 15), ("save", 25, 20), ("stop", 32, 35)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_process_is_named_and_nothing_is_lost(rank, undisturbed, tmp_path):
+    found = 0
+    for phase, step, saved in FAULTS:
+        stops = phase == "stop"  # and is killed after the grace
+        code, output, secs = start(tmp_path / "run", fault=f"{phase}:{rank}:{step}",
+                                   grace_secs=1 if stops else 120)
+        assert (code, secs < 120) == (1 if stops else 128 + 9, True), output
+        how = "nothing was heard of it for 60 s" if stops else "its process has ended"
+        assert re.search(
+            rf"^\[worker {1 - rank}\] worker {rank} \(127.0.0.1:\d+\) is gone: {how}\."
+            rf"\n(.*\n)*\[worker {1 - rank}\] Run the same command again", output, re.M)
+        assert not found or f"Going on at step {found} of 40" in output
+        # The chief ends a save that is under way when another process dies.
+        found = step if (phase, rank) == ("save", 1) else saved
     code, output, _ = start(tmp_path / "run")
     assert code == 0, output
-    assert re.search(r"Going on at step (\d+) of 40", output)[1] == str(LAST[fault])
+    assert f"Going on at step {found} of 40" in output
     assert final(output) == final(undisturbed[1])
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -181,20 +182,21 @@ def test_servers_end_by_themselves_when_the_chief_is_gone(seen):
     assert seen["ends"] == [0, 0, 0]
 
 
+def trained(folder):
+    """Returns the lines of training in the log of metrics."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line for line in map(json.loads, lines) if line["split"] == "train"]
+
+
 @pytest.mark.slow
 def test_lost_workers_are_done_without_and_a_lost_server_is_an_error(tmp_path):
-    def trained():
-        """Returns the lines of training in the log of metrics."""
-        log = tmp_path / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return [line for line in map(json.loads, lines) if line["split"] == "train"]
-
     def wait_until(condition):
         """Waits until the last line of training, which is a new one, fulfils it."""
-        count = len(trained())
-        until(lambda: processes.running["chief", 0].poll() is not None
-              or len(trained()) > count and condition(trained()[-1]), "a line")
-        assert processes.running["chief", 0].poll() is None, processes.log()[-5000:]
+        count, chief = len(trained(tmp_path)), processes.running["chief", 0]
+        until(lambda: chief.poll() is not None or any(
+            map(condition, trained(tmp_path)[count:][-1:])), "a line")
+        assert chief.poll() is None, processes.log()[-5000:]
 
     with Processes(tmp_path, gone_secs=60) as processes:
         processes.start_servers()
@@ -206,7 +208,7 @@ def test_lost_workers_are_done_without_and_a_lost_server_is_an_error(tmp_path):
         wait_until(lambda line: 0 < line["worker"] < 1)
         chief.send_signal(signal.SIGINT)
         counts = processes.seen("run")["counts"]
-        steps = trained()[-1]["step"]
+        steps = trained(tmp_path)[-1]["step"]
         assert counts["global_step"] == counts["position"] == steps
         # The lost step ran again elsewhere, and may have been counted before.
         assert steps <= counts["applied"] + counts["skipped"] <= steps + 1
@@ -230,6 +232,38 @@ def test_lost_workers_are_done_without_and_a_lost_server_is_an_error(tmp_path):
     there = session(tmp_path, mode="eval", train_steps=steps + 20).go()
     for split in ("validation", "test"):
         assert there[split] == pytest.approx(results[split], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_ends_all_and_the_same_command_goes_on(tmp_path):
+    command = [
+        sys.executable, "-m", "mpl.launch.local", "--workers=2", "--ps=1", "--",
+        sys.executable, str(RUN), f"--workdir={tmp_path}", "--train_steps=1000000"]
+    step = 0
+    for begins in ("", "Going on at step {} of 1000000 in "):
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        try:
+            until(lambda: launcher.poll() is not None or any(
+                line["step"] > step for line in trained(tmp_path)), "a step")
+            launcher.send_signal(signal.SIGINT)
+            output, _ = launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+            launcher.wait()
+        left = subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.PIPE)
+        assert (launcher.returncode, left.stdout) == (130, b""), output
+        assert begins.format(step) in output
+        stopped = re.search(
+            r"^\[chief 0\] Stopped at step (\d+); last checkpoint: (.*)\n"
+            r"\[chief 0\] Go on with: .* --workdir=(.*)\n", output, re.M)
+        assert stopped, output
+        before, step = step, int(stopped[1])
+        assert step > before and step == trained(tmp_path)[-1]["step"]
+        assert stopped[2] == f"{tmp_path}/checkpoints/ckpt-{step}"
+        assert stopped[3] == str(tmp_path)
+        assert tf.train.latest_checkpoint(tmp_path / "checkpoints") == stopped[2]
 
 
 def cluster_of(job):

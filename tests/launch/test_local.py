@@ -70,6 +70,23 @@ def started(program, capfd, tmp_path):
     return run
 
 
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A function that puts on PATH one that lists n GPUs; None: none, -1: it fails."""
+
+    def put(count):
+        path = tmp_path / "bin" / "nvidia-smi"
+        path.parent.mkdir()
+        if count is not None:
+            gpu = "echo NVIDIA H200, 143771, 580.159.03\n"
+            path.write_text("#!/bin/sh\n" + gpu * abs(count) + f"exit {int(count < 0)}")
+            path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(path.parent))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return put
+
+
 def alive(folder):
     """The processes whose command holds the folder's name."""
     found = []
@@ -149,18 +166,44 @@ else:
 @pytest.mark.parametrize("visible, shares", [
     ("0,1", ["0", "1"]), ("4,5,6,7", ["4,5", "6,7"]), ("0,1,2", ["0", "1"]),
     ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
-    ("0", ["0", "0"]), ("-1", ["-1", "-1"]), ("", ["", ""]), (None, ["None", "None"]),
+    ("-1", ["-1", "-1"]), ("", ["", ""]), (None, ["0,1", "2,3"]),
 ])
-def test_workers_share_the_gpus(visible, shares, started, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_workers_share_the_gpus(visible, shares, started, nvidia_smi, monkeypatch):
+    nvidia_smi(5)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     _, lines = started("print(os.environ.get('CUDA_VISIBLE_DEVICES'))", 2)
     assert sorted(lines) == [f"[worker {i}] {share}" for i, share in enumerate(shares)]
 
 
-def test_chief_and_servers_have_no_gpu(started, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+@pytest.mark.parametrize("count", [0, None, -1])
+def test_where_nvidia_smi_lists_none_there_are_none(count, started, nvidia_smi):
+    """It lists none, does not exist, fails."""
+    nvidia_smi(count)
+    _, lines = started("print(os.environ.get('CUDA_VISIBLE_DEVICES'))", 2)
+    assert sorted(lines) == ["[worker 0] None", "[worker 1] None"]
+
+
+@pytest.mark.parametrize("visible", ["GPU-a", None])
+def test_fewer_gpus_than_workers_are_an_error(
+    visible, program, nvidia_smi, monkeypatch, tmp_path
+):
+    nvidia_smi(1)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ConfigError) as error:
+        local.run(program("touch(me)"), 2)
+    assert str(error.value) == (
+        "`workers` (2) must be at most the number of GPUs (1).\n"
+        "Start fewer, or hide the GPUs from all: CUDA_VISIBLE_DEVICES=-1.")
+    assert not list(tmp_path.glob("worker *"))
+
+
+@pytest.mark.parametrize("visible", ["0,1", None])
+def test_chief_and_servers_have_no_gpu(visible, started, nvidia_smi, monkeypatch):
+    nvidia_smi(2)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     _, lines = started("""
 print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)
 touch(me)
@@ -447,13 +490,14 @@ else:
     assert lines == [address, again, address]
 
 
-def test_restarts_come_to_an_end(started):
+def test_restarts_come_to_an_end(started, monkeypatch):
+    monkeypatch.setattr(local, "_RESTARTS", 2)
     code, lines = started("""
 if me == "worker 0":
     touch(me)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
-""", 1, 1, restarts=2, grace_secs=0)
+""", 1, 1, grace_secs=0)
     assert code == 128 + signal.SIGKILL
     again = "[local] worker 0: killed by signal 9 (Killed); it is started again."
     how = "[local] worker 0 failed first: killed by signal 9 (Killed)"
@@ -509,7 +553,6 @@ time.sleep(60)
     ("--workers=1 --ps=-1 -- true", "`ps` (-1) must be at least 0.", "Write --ps=1"),
     ("--workers=1 --grace_secs=-1 -- true", "`grace_secs` (-1.0) must be at least 0.",
      "Write --grace_secs=1"),
-    ("--workers=1 --restarts=-1 -- true", "`restarts` (-1) must be at least 0.", ""),
     ("--workers=1 --work=2 -- true", "unrecognized arguments: --work=2.", "See python"),
     ("--workers=1 true", "unrecognized arguments: true.", "See python"),
     ("--workers=1", "There is no command after `--`.", "Write python -m mpl.launch"),
@@ -529,7 +572,7 @@ def test_help(capsys):
         local.main(["--help"])
     text = capsys.readouterr().out
     assert info.value.code == 0
-    for flag in ("--workers", "--ps", "--grace_secs", "--restarts"):
+    for flag in ("--workers", "--ps", "--grace_secs"):
         assert flag in text
 
 
