@@ -3,7 +3,7 @@ Leaves: batches, or a worker's part of each, in an order of (seed, epoch, positi
 Next: `mpl.precision` says in which dtypes they are computed with.
 """
 
-from mpl.data.file_source import FileSource
+from mpl.data.file_source import FileSource, naming_damage
 from mpl.data.pipeline import DataContext, Pipeline, fingerprint, weighted
 from mpl.data.source import ArraySource, DatasetSource, Source, as_source
 
@@ -16,5 +16,6 @@ __all__ = [
     "Source",
     "as_source",
     "fingerprint",
+    "naming_damage",
     "weighted",
 ]

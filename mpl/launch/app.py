@@ -14,7 +14,7 @@ from absl import app as absl_app
 from absl import flags as absl_flags
 from absl import logging
 
-from mpl import distribute, errors
+from mpl import data, distribute, errors
 from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import flags, identity, workdir
@@ -176,7 +176,11 @@ def _execute(
         check_after(experiment, config, facts)
         trains = config.mode in TRAINING_MODES and peers.is_chief
         path = path or workdir.create(config.workdir, experiment.name)
-        with workdir.lock(path) if trains else contextlib.nullcontext():
+        sources = [pipeline.source for pipeline in experiment.pipelines.values()]
+        with (
+            workdir.lock(path) if trains else contextlib.nullcontext(),
+            data.naming_damage(sources),
+        ):
             return Session(experiment, path, start, record).go()
 
 

@@ -211,7 +211,7 @@ def test_the_flags_of_the_launcher_are_those_of_the_page(capsys):
     with pytest.raises(SystemExit):
         local.main(["--help"])
     flags = capsys.readouterr().out
-    named = {"--workers", "--ps", "--grace_secs", "--restarts"}
+    named = {"--workers", "--ps", "--grace_secs"}
     assert all(flag in flags and flag in PAGE for flag in named)
     assert "(default: 30.0)" in flags and "`--grace_secs` (30)" in PAGE
-    assert "(default: 10)" in flags and "`--restarts` (10)" in PAGE
+    assert "up to 10 times" in PAGE
