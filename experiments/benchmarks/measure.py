@@ -351,7 +351,7 @@ def _keep(
 ) -> dict[Run, Worker]:
     """Starts the last process of each run, which `stack` will close."""
     say(f"{runs[0].work}: last start of {len(runs)} processes, which are kept")
-    workers = {}
+    workers: dict[Run, Worker] = {}
     timed = [run for run in runs if starts[run] == max(starts.values())]
 
     def begin(run: Run) -> None:
@@ -361,7 +361,6 @@ def _keep(
             _begin(worker, records[run], run in timed, is_kept=True)
             records[run].loss = worker.ask("loss")["loss"]
 
-    workers: dict[Run, Worker] = {}
     for run in timed:
         begin(run)
     _two_at_a_time(begin, [run for run in runs if run not in timed], workers)

@@ -39,7 +39,7 @@ def fake(**settings):
     experiment.config = Config(**settings)
     experiment.evaluators = {"validation": None, "test": None}
     experiment.train_steps, experiment.batches_per_epoch = 20, 10
-    experiment.num_examples = {"train": 640}
+    experiment.num_examples, experiment.pipelines = {"train": 640}, {}
     return experiment
 
 
