@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from mpl import data as data_lib
-from mpl import distribute, errors, inference
+from mpl import distribute, errors, inference, record
 from mpl import experiment_loops as loops
 from mpl.loop.inner_loop import converted
 from mpl.precision import loss_scale as loss_scale_lib
@@ -306,6 +306,30 @@ class Experiment:
         for weights in tf.nest.flatten(self.weights):
             weights.adopt()
         self.trainer.reset_iterator()
+
+    def init_from(self, path: str) -> str:
+        """Takes the weights of a checkpoint where they fit; returns a report.
+
+        Raises:
+          ConfigError, CheckpointError: see `mpl.record.init_from`.
+        """
+        models = {name: part for name, part in self.checkpoint_objects().items()
+                  if name.partition("_")[0] == "model"}
+        report = record.init_from(path, models)
+        self.after_restore()
+        for optimizer in tf.nest.flatten(self.optimizer):
+            optimizer.restart_averages()
+        return report
+
+    def require_finite(self) -> None:
+        """Raises NonFiniteError if a weight is NaN or infinite: it must not be saved."""
+        for weights in tf.nest.flatten(self.weights):
+            if name := weights.first_nonfinite():
+                raise errors.NonFiniteError(
+                    f"At step {int(self.global_step)}: {name!r} is not finite; no "
+                    "checkpoint was written.",
+                    "Lower the learning rate and go on from the last checkpoint.",
+                )
 
     def train_report(self) -> dict[str, Any]:
         """Returns loss, metrics and the state of the optimizer since the last reset."""

@@ -1,6 +1,7 @@
 """The outer loop: what happens between blocks of steps, and when."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -70,9 +71,12 @@ class Controller:
         log_every_steps: None: `steps_per_loop`.
         eval_every_steps: None: `train_and_evaluate` evaluates at the end only.
         checkpoint_manager: A `tf.train.CheckpointManager`, or another object with
-            `directory`, `save(step)` and `restore(path or None)`.
+            `directory`, `save(step)` and `restore(path or None)`; if it writes in the
+            background, with `check()` and `wait()`, which raise what went wrong there.
         checkpoint_every_steps: None: the manager's `checkpoint_interval` if it has one,
             else at the end only.
+        checkpoint_every_secs: Also at a block's end when so many seconds have passed
+            since the last checkpoint.
         summary_interval: Also for `tf.summary` calls in `train_step`. None:
             `log_every_steps`.
         summary_dir: Where summaries of training are written, for TensorBoard.
@@ -96,7 +100,8 @@ class Controller:
         eval_actions: Sequence[Action] | None = None,
         steps_per_loop: int = 100, log_every_steps: int | None = None,
         eval_every_steps: int | None = None, checkpoint_manager: Any = None,
-        checkpoint_every_steps: int | None = None, summary_interval: int | None = None,
+        checkpoint_every_steps: int | None = None,
+        checkpoint_every_secs: float | None = None, summary_interval: int | None = None,
         summary_dir: str | None = None, eval_summary_dir: str | None = None,
         reporters: Sequence[Reporter] = (),
         after_restore: Callable[[], Any] = lambda: None,
@@ -113,6 +118,7 @@ class Controller:
         self._log_every = log_every_steps or steps_per_loop
         self._summary_every = summary_interval or self._log_every
         self._save_every = checkpoint_every_steps or interval
+        self._save_secs = checkpoint_every_secs or math.inf
         self.global_step, self.strategy = global_step, strategy
         self.trainer: Any = trainer
         self.evaluator: Any = evaluator
@@ -122,6 +128,7 @@ class Controller:
         self._after_restore, self._agree, self._clock = after_restore, agree, clock
         self.stop_training, self._interrupt = False, Interrupt()
         self._saved_at: int | None = None
+        self._saved_time = clock()
 
     def train(self, steps: int, checkpoint_at_completion: bool = True) -> None:
         """Trains until `global_step` is `steps`; -1: to the end of the data.
@@ -236,7 +243,7 @@ class Controller:
         manager, step = self._need("checkpoint_manager"), int(self.global_step.numpy())
         is_tf = isinstance(manager, tf.train.CheckpointManager)
         path = manager.save(step, **({"check_interval": False} if is_tf else {}))
-        self._saved_at = step
+        self._saved_at, self._saved_time = step, self._clock()
         return path or manager.latest_checkpoint  # TensorFlow's, saved before
 
     def _run(
@@ -248,6 +255,7 @@ class Controller:
         output, results = dict[str, Any](), dict[str, Any]()
         evaluated_at, self.stop_training, interrupted = None, False, False
         self._steps, self._secs = 0, 0.0  # in blocks since the last log
+        self._saved_time = self._clock()
 
         def look() -> None:  # who wants to stop, here or in another process
             nonlocal interrupted
@@ -277,13 +285,15 @@ class Controller:
                             raise
                         break
                     step += self.trainer.steps_done
+                    self._background("check")
                     for action in self.train_actions:
                         action(output)
                     logs = not goes_on() or due(self._log_every)
                     self._report(step, output, logs, due(self._summary_every))
                     if due(eval_every) and not interrupted:
                         results, evaluated_at = evaluate(), step
-                    if due(self._save_every):
+                    passed = self._clock() - self._saved_time
+                    if due(self._save_every) or passed >= self._save_secs:
                         self._save_once(step)
                 self._report(step, output, logs=True)
                 too_short = step < steps and not self.stop_training
@@ -292,6 +302,7 @@ class Controller:
                     results = evaluate()
                 if saves or cut:
                     self._save_once(step)
+                self._background("wait")
                 look()
         finally:
             for reporter in self.reporters:
@@ -342,6 +353,9 @@ class Controller:
     def _save_once(self, step: int) -> None:
         if self.checkpoint_manager is not None and self._saved_at != step:
             self.save_checkpoint()
+
+    def _background(self, method: str) -> None:
+        getattr(self.checkpoint_manager, method, lambda: None)()
 
     def _need(self, argument: str) -> Any:
         if getattr(self, argument) is None:

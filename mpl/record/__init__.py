@@ -6,6 +6,7 @@ Next: nothing; here state leaves the process, or comes back into it.
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import export_saved_model, load_predictor
 from mpl.record.metrics_log import MetricsWriter
+from mpl.record.pretrained import init_from
 from mpl.record.progress import Progress
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "MetricsWriter",
     "Progress",
     "export_saved_model",
+    "init_from",
     "load_predictor",
 ]

@@ -18,9 +18,6 @@ from absl import logging
 from mpl.errors import CheckpointError, ConfigError
 from mpl.record import commit, object_graph
 
-# What TensorFlow raises for damaged files, a matter of where the damage is.
-_UNREADABLE = (tf.errors.OpError, RuntimeError, LookupError, ValueError, AssertionError)
-
 
 class Checkpoints:
     """Saves numbered checkpoints of a set of objects in a directory and restores them.
@@ -200,7 +197,7 @@ class Checkpoints:
             differences = object_graph.match(path, self._checkpoint)[1:]
             if not any(differences):
                 self._checkpoint.restore(path, _options()).assert_consumed()
-        except _UNREADABLE as error:
+        except object_graph.UNREADABLE as error:
             return str(error).partition("\n")[0].rstrip(".")
         if named := [text for kind in differences for text in kind]:
             cause = f"`{path}` is of another model: {len(named)} differ: "

@@ -4,6 +4,7 @@
 `[bytes, CRC-32]`, and what the run adds. Whatever has none was never finished.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-_NAME = re.compile(r"(ckpt-(\d+))(\.index|\.data-\d{5}-of-\d{5}|\.commit|_temp/?)")
+_NAME = re.compile(r"(ckpt-(\d+))(\.index|\.data-\d{5}-of-\d{5}|\.commit|\.commit\.tmp|_temp/?)")
 _LIST = "checkpoint"
 _CHUNK_BYTES = 2**24
 
@@ -43,7 +44,7 @@ def commit(path: str, facts: Mapping[str, Any]) -> None:
     directory, name = os.path.split(path)
     step = int(name.rpartition("-")[2])
     files = {file: list(_sum(os.path.join(directory, file)))
-             for file in _files(directory, name) if not file.endswith(".commit")}
+             for file in _files(directory, name) if ".commit" not in file}
     marker = {"step": step, "time": time.time(), "files": files, **facts}
     _put(f"{path}.commit", json.dumps(marker, indent=1, default=str))
 
@@ -58,21 +59,22 @@ def find(directory: str) -> list[Found]:
 
 
 def _look(path: str) -> Found:
-    step = int(path.rpartition("-")[2])
+    step, when = int(path.rpartition("-")[2]), -1.0
     if not tf.io.gfile.exists(f"{path}.commit"):
-        return Found((-1.0, step), path, "it was not finished")
+        return Found((when, step), path, "it was not finished")
     try:
-        marker = _marker(path)
+        marker, problem = _marker(path), ""
+        when = float(marker["time"])
         for file, (size, _) in marker["files"].items():
             there = os.path.join(os.path.dirname(path), file)
             if not tf.io.gfile.exists(there):
-                return Found((marker["time"], step), path, f"{file} is missing")
-            if tf.io.gfile.stat(there).length != size:
-                cause = f"{file} has not the {size} bytes it had"
-                return Found((marker["time"], step), path, cause)
-        return Found((marker["time"], step), path, "")
+                problem = f"{file} is missing"
+            elif tf.io.gfile.stat(there).length != size:
+                problem = f"{file} has not the {size} bytes it had"
+        return Found((when, step), path, problem)
     except (tf.errors.OpError, ValueError, LookupError, TypeError) as error:
-        when = tf.io.gfile.stat(f"{path}.commit").mtime_nsec / 1e9
+        with contextlib.suppress(tf.errors.NotFoundError):
+            when = tf.io.gfile.stat(f"{path}.commit").mtime_nsec / 1e9
         reason = f"its marker {os.path.basename(path)}.commit cannot be read: {error}"
         return Found((when, step), path, reason.partition("\n")[0])
 

@@ -9,6 +9,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 _VALUE = "VARIABLE_VALUE"
+# What TensorFlow raises for damaged files, a matter of where the damage is.
+UNREADABLE = (tf.errors.OpError, RuntimeError, LookupError, ValueError, AssertionError)
 
 
 class _Copy(tf.Module):
