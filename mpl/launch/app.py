@@ -18,7 +18,8 @@ from mpl import data, distribute, errors
 from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import flags, identity, workdir
-from mpl.launch.config import TRAINING_MODES, RunConfig, merged, parse_early_stop
+from mpl.launch.config import TRAINING_MODES, RunConfig, merged
+from mpl.record import pretrained
 from mpl.launch.session import Results, Session, intervals, metric_names, python
 
 _ERRORS = (
@@ -221,6 +222,8 @@ def check_before(
             "`mode` (continuous_eval) is for one process beside the cluster.",
             "Run it without TF_CONFIG, with the cluster's --workdir.",
         )
+    if path is None and config.init_from is not None:
+        pretrained.checkpoint_at(config.init_from)
     predict = type(experiment).predict
     if config.mode in TRAINING_MODES:
         place = os.path.join(workdir.RUNS, experiment.name)
@@ -254,13 +257,14 @@ def check_after(experiment: Experiment, config: RunConfig, facts: Mapping) -> No
             f"`mode` ({config.mode}) needs validation data, and there are none.",
             "Return examples for the split 'validation' in `build_data`.",
         )
-    stop = config.early_stop
-    if stop is not None and parse_early_stop(stop).metric not in names:
-        raise ConfigError(
-            f"`early_stop` ({stop}) must name a metric of the validation data: "
-            f"{', '.join(names) or 'there are none'}.",
-            "Correct the name, or use --early_stop=none.",
-        )
+    for name in ("early_stop", "best_metric"):
+        text = getattr(config, name)
+        if text is not None and text.partition(":")[0] not in names:
+            raise ConfigError(
+                f"`{name}` ({text}) must name a metric of the validation data: "
+                f"{', '.join(names) or 'there are none'}.",
+                f"Correct the name, or use --{name}=none.",
+            )
 
 
 @contextlib.contextmanager

@@ -61,6 +61,12 @@ class RunConfig:
         eval_every_steps: steps between evaluations.
         eval_every_epochs: epochs between evaluations.
         checkpoint_every_steps: steps between checkpoints.
+        checkpoint_every_secs: seconds between checkpoints.
+        max_to_keep: checkpoints kept.
+        keep_every_steps: steps between checkpoints that are kept for good.
+        async_checkpoints: write checkpoints while training goes on.
+        best_metric: METRIC, and :min or :max where the name does not tell.
+        init_from: checkpoint from which a new run takes its weights.
         log_every_steps: steps between lines of training metrics.
         summary_every_steps: steps between TensorBoard points.
         seed: of weights, dropout and data order.
@@ -143,6 +149,21 @@ class RunConfig:
         None, "Epochs between evaluations; this or --eval_every_steps.", minimum=1)
     checkpoint_every_steps: int | None = _setting(
         None, "Steps between checkpoints. none: as evaluations, or 1000.", minimum=1)
+    checkpoint_every_secs: float | None = _setting(
+        None, "Also a checkpoint after so many seconds without one.", above=0)
+    max_to_keep: int = _setting(
+        5, "Checkpoints kept, beside the best one.", minimum=1)
+    keep_every_steps: int | None = _setting(
+        None, "Checkpoints at multiples of so many steps are never deleted.", minimum=1)
+    async_checkpoints: bool = _setting(
+        True, "Write checkpoints in the background while training goes on.")
+    best_metric: str | None = _setting(
+        None, "METRIC: keep the one checkpoint with the best validation METRIC, too. "
+        "Losses and errors are better when lower, others when higher; METRIC:min or "
+        ":max says so. none: that of --early_stop, or the experiment's first.")
+    init_from: str | None = _setting(
+        None, "Checkpoint, or folder of a run, from which a new run takes the weights "
+        "that fit its model; a report says which.")
     log_every_steps: int | None = _setting(
         None, "Steps between lines of training metrics. none: an epoch; with "
         "--train_steps, 100; at most those between evaluations.", minimum=1)
@@ -224,13 +245,15 @@ class RunConfig:
                 raise ConfigError(
                     f"`{name}` ({getattr(self, name)}) goes with `mode` {modes} only.",
                     "Leave it out, or use --mode=predict.")
-        if self.early_stop is not None:
-            parse_early_stop(self.early_stop)
-            if self.mode == "train":
-                raise ConfigError(
-                    f"`early_stop` ({self.early_stop}) needs evaluations, and `mode` "
-                    "(train) makes none.",
-                    "Use --mode=train_and_eval, or --early_stop=none.")
+        for name, parse in (("early_stop", parse_early_stop),
+                            ("best_metric", parse_best_metric)):
+            if (text := getattr(self, name)) is not None:
+                parse(text)
+                if self.mode == "train":
+                    raise ConfigError(
+                        f"`{name}` ({text}) needs evaluations, and `mode` (train) "
+                        "makes none.",
+                        f"Use --mode=train_and_eval, or --{name}=none.")
 
     def changes_math(self, field: dataclasses.Field) -> bool:
         """Says whether another value of the field changes what training computes."""
@@ -262,6 +285,22 @@ def parse_early_stop(text: str) -> EarlyStop:
             ":max, with a patience of at least 1.",
             "Write for example --early_stop=accuracy:5.")
     return EarlyStop(metric, number, mode)
+
+
+def parse_best_metric(text: str) -> tuple[str, str]:
+    """Reads METRIC or METRIC:min|max; returns the metric, and `min` or `max`.
+
+    Raises:
+        ConfigError: the text is not of this form.
+    """
+    metric, _, mode = text.partition(":")
+    mode = mode or better(metric)
+    if not metric or mode not in ("min", "max"):
+        raise ConfigError(
+            f"`best_metric` ({text}) must be METRIC, METRIC:min or METRIC:max.",
+            "Write for example --best_metric=accuracy:max.",
+        )
+    return metric, mode
 
 
 def better(metric: str) -> str:

@@ -15,7 +15,7 @@ from mpl.errors import CheckpointError, ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
-from mpl.launch.config import parse_early_stop
+from mpl.launch.config import parse_best_metric, parse_early_stop
 from mpl.launch.option import written
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import load_predictor
@@ -58,6 +58,7 @@ def intervals(
         "log_every_steps": log,
         "eval_every_steps": evaluate,
         "checkpoint_every_steps": save,
+        "checkpoint_every_secs": config.checkpoint_every_secs,
         "summary_interval": summary,
     }
 
@@ -111,16 +112,29 @@ class Session:
         watch = EarlyStop(headline, sys.maxsize, better(headline))
         if config.early_stop is not None:
             watch = parse_early_stop(config.early_stop)
-        stop = written(config.early_stop)
-        before = stop if record is None else record.get("early_stop", stop)
-        self._watches_anew = before.split(":")[0] != stop.split(":")[0]
+        best = watch.metric, watch.mode
+        if config.best_metric is not None:
+            best = parse_best_metric(config.best_metric)
         self.stopping = loop.EarlyStopping(
             f"validation/{watch.metric}", watch.patience, watch.mode
         )
-        objects = {"early_stopping": self.stopping, **experiment.checkpoint_objects()}
+        self.best_metric = loop.NewBestMetric(f"validation/{best[0]}", best[1])
+        objects = {"early_stopping": self.stopping, "best_metric": self.best_metric,
+                   **experiment.checkpoint_objects()}
+        # What a changed setting gives another meaning begins anew.
+        self._anew = [
+            (objects[kind], [variable.numpy() for variable in objects[kind].variables])
+            for kind, setting in (("early_stopping", "early_stop"),
+                                  ("best_metric", "best_metric"))
+            if record is not None and _metric(record.get(setting)) != _metric(
+                written(getattr(config, setting)))]
         self.checkpoints = Checkpoints(
-            self._file("checkpoints"), writes=peers.is_chief, **objects)
-        self.best = self.checkpoints.best(watch.metric)
+            self._file("checkpoints"), max_to_keep=config.max_to_keep,
+            keep_every_steps=config.keep_every_steps, writes=peers.is_chief,
+            asynchronous=config.async_checkpoints,
+            check_values=experiment.require_finite,
+            facts={"flags": dataclasses.asdict(config)}, **objects)
+        self.best = self.checkpoints.best(best[0])
         self.last = _Last()
         self._said: dict[str, int] = {}
         self._stopped_early = False
@@ -163,13 +177,13 @@ class Session:
             *["validation"] * evaluates,
             eval_actions=[
                 loop.Conditional(
-                    self.stopping.best.test, lambda output: self.best.save(self._step())
-                ),
+                    self.best_metric.commit, lambda _: self.best.save(self._step())),
                 self.stopping,
             ],
         )
-        new = [variable.numpy() for variable in self.stopping.variables]
         restored, config = self._restore(controller), self.config
+        if not restored and config.init_from is not None:
+            self._print(self.experiment.init_from(config.init_from))
         if config.policy == "auto":
             config = dataclasses.replace(config, policy=self.experiment.policy.name)
         # Not before: a run whose checkpoint does not fit keeps its flags.
@@ -182,8 +196,8 @@ class Session:
             self._print(text)
         if restored:
             self._print(f"Going on at step {self._step()} of {total} in {self.path}")
-            if self._watches_anew:  # the best value is one of another metric
-                for variable, value in zip(self.stopping.variables, new):
+            for kept, values in self._anew:
+                for variable, value in zip(kept.variables, values):
                     variable.assign(value)
         trainer = self.experiment.trainer
         trainer.jit_trial = jit_trial.trial_of(self.experiment, self.path)
@@ -327,6 +341,11 @@ class Session:
                 names = metric_names(self.experiment)
                 return {name: final[name] for name in names if name in final}
         return self._said
+
+
+def _metric(setting: str | None) -> str:
+    """Returns the metric that a setting names."""
+    return (setting or "none").partition(":")[0]
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None: ...

@@ -31,7 +31,7 @@ def init_from(path: str, models: Mapping[str, Any]) -> str:
         ConfigError: there is no checkpoint, or nothing in it fits.
         CheckpointError: it is damaged.
     """
-    path = _checkpoint_at(path)
+    path = checkpoint_at(path)
     try:
         problem, match = commit.damage(path), None
         match = object_graph.match(path, tf.train.Checkpoint(**models))
@@ -62,8 +62,12 @@ def init_from(path: str, models: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _checkpoint_at(path: str) -> str:
-    """Returns the checkpoint that a path names, or the newest in a folder."""
+def checkpoint_at(path: str) -> str:
+    """Returns the checkpoint that a path names, or the newest in a folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if tf.io.gfile.exists(f"{path}.index"):
         return path
     for folder in (path, os.path.join(path, "checkpoints")):
