@@ -214,8 +214,10 @@ class Session:
             )
             raise
         self._stopped_early = self.stopping.stopped
-        if self.config.early_stop and self._peers.of_chief(self.best.latest):
-            self._restore(controller, self.best.latest)
+        chief = self._peers.is_chief  # which has written all by now
+        best = self._peers.of_chief(self.best.latest if chief else None)
+        if self.config.early_stop and best:
+            self._restore(controller, best)
             self._print(f"Best by validation: step {self._step()}, used from here on")
 
     def follow(self) -> None:
