@@ -137,7 +137,7 @@ class Checkpoints:
             commit.tidy(self.directory, self.max_to_keep, self._keep_every)
         except tf.errors.OpError as error:
             with contextlib.suppress(tf.errors.OpError):  # makes room
-                commit.remove_unfinished(path)
+                commit.remove_files(path)
             cause = f"`{path}` cannot be written: {error}".partition("\n")[0]
             remedy = "Choose a directory that can be written; older ones are as before."
             self._error = CheckpointError(cause, remedy)
@@ -204,6 +204,11 @@ class Checkpoints:
             remedy = "Use the settings it was written with, or another directory."
             raise CheckpointError(f"{cause}{'; '.join(named[:8])}.", remedy)
         return None
+
+    def resume(self) -> int:
+        """Restores the newest checkpoint; returns its step, 0 when there is none."""
+        path = self.restore()
+        return 0 if path is None else int(path.rpartition("-")[2])
 
     def _none_whole(self) -> CheckpointError:
         cause = f"`{self.directory}` holds checkpoints, but none of them is whole."

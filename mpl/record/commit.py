@@ -4,8 +4,8 @@
 `[bytes, CRC-32]`, and what the run adds. Whatever has none was never finished.
 """
 
-import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -17,6 +17,7 @@ import tensorflow as tf
 
 _NAME = re.compile(r"(ckpt-(\d+))(\.index|\.data-\d{5}-of-\d{5}|\.commit|\.commit\.tmp|_temp/?)")
 _LIST = "checkpoint"
+_UNFINISHED = "it was not finished"
 _CHUNK_BYTES = 2**24
 
 
@@ -50,7 +51,7 @@ def commit(path: str, facts: Mapping[str, Any]) -> None:
 
 
 def find(directory: str) -> list[Found]:
-    """Returns what checkpoints there are, those that were never finished first."""
+    """Returns what checkpoints there are; those without a true marker come last."""
     if not tf.io.gfile.isdir(directory):
         return []
     names = {match[1] for match in map(_NAME.match, tf.io.gfile.listdir(directory))
@@ -59,24 +60,22 @@ def find(directory: str) -> list[Found]:
 
 
 def _look(path: str) -> Found:
-    step, when = int(path.rpartition("-")[2]), -1.0
-    if not tf.io.gfile.exists(f"{path}.commit"):
-        return Found((when, step), path, "it was not finished")
+    order, problem = (math.inf, int(path.rpartition("-")[2])), ""
     try:
-        marker, problem = _marker(path), ""
-        when = float(marker["time"])
+        marker = _marker(path)
         for file, (size, _) in marker["files"].items():
             there = os.path.join(os.path.dirname(path), file)
             if not tf.io.gfile.exists(there):
                 problem = f"{file} is missing"
             elif tf.io.gfile.stat(there).length != size:
                 problem = f"{file} has not the {size} bytes it had"
-        return Found((when, step), path, problem)
+        order = (float(marker["time"]), order[1])
+    except tf.errors.NotFoundError:
+        problem = _UNFINISHED
     except (tf.errors.OpError, ValueError, LookupError, TypeError) as error:
-        with contextlib.suppress(tf.errors.NotFoundError):
-            when = tf.io.gfile.stat(f"{path}.commit").mtime_nsec / 1e9
-        reason = f"its marker {os.path.basename(path)}.commit cannot be read: {error}"
-        return Found((when, step), path, reason.partition("\n")[0])
+        reason = str(error).partition("\n")[0]
+        problem = f"{os.path.basename(path)}.commit cannot be read: {reason}"
+    return Found(order, path, problem)
 
 
 def damage(path: str) -> str | None:
@@ -105,25 +104,23 @@ def was_any(directory: str) -> bool:
 def tidy(directory: str, max_to_keep: int, keep_every_steps: int | None) -> None:
     """Lists what is kept for TensorFlow, and deletes what is too old or unfinished."""
     found = find(directory)
-    committed = [path for order, path, _ in found if order[0] >= 0]
+    committed = [path for order, path, _ in found if order[0] < math.inf]
     old = [path for path in committed[:-max_to_keep] if not keep_every_steps or (
         int(path.rpartition("-")[2]) % keep_every_steps)]  # fmt: skip
     kept = [os.path.basename(path) for path in committed if path not in old]
     lines = [f'model_checkpoint_path: "{kept[-1]}"\n']
     lines += [f'all_model_checkpoint_paths: "{name}"\n' for name in kept]
     _put(os.path.join(directory, _LIST), "".join(lines))
-    for path in [*old, *(path for order, path, _ in found if order[0] < 0)]:
-        remove_unfinished(path, and_marker=path in old)
+    for path in old:
+        tf.io.gfile.remove(f"{path}.commit")  # first, so that it is not half of one
+    for path in [*old, *(path for _, path, why in found if why == _UNFINISHED)]:
+        remove_files(path)
 
 
-def remove_unfinished(path: str, and_marker: bool = False) -> None:
-    """Deletes the files of a checkpoint that has no marker, or with its marker first."""
-    if and_marker:
-        tf.io.gfile.remove(f"{path}.commit")
-    if tf.io.gfile.exists(f"{path}.commit"):
-        return
+def remove_files(path: str) -> None:
+    """Deletes the files of a checkpoint, unless it has a marker."""
     directory, name = os.path.split(path)
-    for file in _files(directory, name):
+    for file in [] if tf.io.gfile.exists(f"{path}.commit") else _files(directory, name):
         there = os.path.join(directory, file)
         (tf.io.gfile.rmtree if tf.io.gfile.isdir(there) else tf.io.gfile.remove)(there)
 

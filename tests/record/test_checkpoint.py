@@ -181,7 +181,7 @@ def test_damaged_ones_are_named_and_passed_over(
     why = {"removed": "is missing", "flipped": "its checksum is another"}.get(
         damage, "has not the")
     if ending == MARKER:
-        why = "was not finished" if damage == "removed" else "marker ckpt-30.commit can"
+        why = "was not finished" if damage == "removed" else "ckpt-30.commit cannot be read"
     assert checkpoints.resume() == 20 == step.numpy()
     assert len(warned) == 1
     assert warned[0].startswith(f"{path} is passed over: ") and why in warned[0]
