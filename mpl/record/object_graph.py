@@ -1,7 +1,7 @@
 """What objects put into a checkpoint: their entries, copied, compared and matched."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -13,35 +13,41 @@ _VALUE = "VARIABLE_VALUE"
 UNREADABLE = (tf.errors.OpError, RuntimeError, LookupError, ValueError, AssertionError)
 
 
-class _Copy(tf.Module):
+class _Copy(tf.__internal__.tracking.Trackable):
     """An object's entries and children at one moment."""
 
     def __init__(self, entries: dict[str, tf.Tensor]):
-        super().__init__()
-        self._entries, self._children = lambda: entries, dict[str, "_Copy"]
+        self._own, self.children = entries, dict[str, "_Copy"]()
 
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
-        return self._entries()
+        return self._own
 
     def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, "_Copy"]:
-        return self._children()
+        return self.children
 
 
-def copied(root: Any) -> tf.Module:
+def copied(root: Any) -> _Copy:
     """Returns a trackable object with the entries of `root` as they are now.
 
     They lie on the host. On a CPU they share the variables' memory until these change,
     which TensorFlow then copies first; so no later step changes them.
     """
-    found = [trackable for _, trackable in _walk(root)]
-    with tf.device("CPU:0"):
-        copies = {id(trackable): _Copy({
-            name: tf.identity(value) for name, value in _entries(trackable).items()})
-            for trackable in found}  # fmt: skip
-    for trackable in found:
-        children = {name: copies[id(child)] for name, child in _children(trackable)}
-        copies[id(trackable)]._children = lambda children=children: children
+    found = [(trackable, children) for _, trackable, children in _walk(root)]
+    copies = {id(trackable): _Copy({
+        name: _on_host(value) for name, value in _entries(trackable).items()})
+        for trackable, _ in found}  # fmt: skip
+    for trackable, children in found:
+        copies[id(trackable)].children = {
+            name: copies[id(child)] for name, child in children.items()}
     return copies[id(root)]
+
+
+def _on_host(value: Any) -> tf.Tensor:
+    tensor = tf.convert_to_tensor(value)
+    if tensor.device.endswith("CPU:0"):
+        return tensor
+    with tf.device("CPU:0"):
+        return tf.identity(tensor)
 
 
 class Match(NamedTuple):
@@ -75,7 +81,7 @@ def match(path: str, root: Any) -> Match:
         for attribute in node.attributes
     }
     same, reshaped, missing = [], [], []
-    for name, trackable in _walk(root):
+    for name, trackable, _ in _walk(root):
         for entry, value in _entries(trackable).items():
             key = keys.pop((id(trackable), entry), None)
             here = _readable(f"{name}/.ATTRIBUTES/{entry}")
@@ -90,21 +96,22 @@ def match(path: str, root: Any) -> Match:
     return Match(same, reshaped, missing, unknown)
 
 
-def _walk(root: Any) -> Iterator[tuple[str, Any]]:
-    """Yields all objects that a checkpoint of `root` holds, with readable names."""
+def _walk(root: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yields all objects that a checkpoint of `root` holds, with readable names.
+
+    Yields:
+        name, object, its children by name.
+    """
     seen, queue = {id(root): root}, collections.deque([("", root)])
     while queue:
         name, trackable = queue.popleft()
+        children = tf.train.TrackableView.children(trackable)
         is_keras = isinstance(trackable, keras.Variable)
-        yield (trackable.path if is_keras else name), trackable
-        for child_name, child in _children(trackable):
+        yield (trackable.path if is_keras else name), trackable, children
+        for child_name, child in children.items():
             if id(child) not in seen:
                 seen[id(child)] = child  # held, so that no other takes its id
                 queue.append((f"{name}/{child_name}".lstrip("/"), child))
-
-
-def _children(trackable: Any) -> list[tuple[str, Any]]:
-    return list(tf.train.TrackableView.children(trackable).items())
 
 
 def _entries(trackable: Any) -> dict[str, Any]:
