@@ -318,18 +318,23 @@ class Experiment:
         report = record.init_from(path, models)
         self.after_restore()
         for optimizer in tf.nest.flatten(self.optimizer):
-            optimizer.restart_averages()
+            for average, bucket in zip(optimizer.averages, optimizer.buckets):
+                average.assign(bucket.variable)
         return report
 
     def require_finite(self) -> None:
-        """Raises NonFiniteError if a weight is NaN or infinite: it must not be saved."""
-        for weights in tf.nest.flatten(self.weights):
-            if name := weights.first_nonfinite():
-                raise errors.NonFiniteError(
-                    f"At step {int(self.global_step)}: {name!r} is not finite; no "
-                    "checkpoint was written.",
-                    "Lower the learning rate and go on from the last checkpoint.",
-                )
+        """Raises NonFiniteError if a weight is NaN or infinite."""
+        for bucket in [b for w in tf.nest.flatten(self.weights) for b in w.buckets]:
+            values = tf.convert_to_tensor(bucket.variable)
+            if tf.reduce_all(tf.math.is_finite(values)):
+                continue
+            for entry, part in zip(bucket.entries, bucket.split(values)):
+                if not tf.reduce_all(tf.math.is_finite(part)):
+                    raise errors.NonFiniteError(
+                        f"After step {int(self.global_step)} {entry.name!r} is not "
+                        "finite; it is not saved.",
+                        "Lower the learning rate, and go on from the last checkpoint.",
+                    )
 
     def train_report(self) -> dict[str, Any]:
         """Returns loss, metrics and the state of the optimizer since the last reset."""

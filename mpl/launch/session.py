@@ -58,7 +58,6 @@ def intervals(
         "log_every_steps": log,
         "eval_every_steps": evaluate,
         "checkpoint_every_steps": save,
-        "checkpoint_every_secs": config.checkpoint_every_secs,
         "summary_interval": summary,
     }
 
@@ -323,6 +322,7 @@ class Session:
             strategy=experiment.strategy,
             eval_actions=eval_actions,
             checkpoint_manager=self.checkpoints,
+            checkpoint_every_secs=self.config.checkpoint_every_secs,
             summary_dir=summaries and os.path.join(summaries, "train"),
             eval_summary_dir=summaries,
             reporters=self._reporters,

@@ -88,7 +88,8 @@ class Checkpoints:
         Files that are missing or of another size are noticed here, others by `restore`.
         """
         self.wait()
-        return [entry.path for entry in commit.find(self.directory) if not entry.problem]
+        return [found.path for found in commit.find(self.directory)
+                if not found.problem]
 
     @property
     def latest(self) -> str | None:
@@ -128,7 +129,7 @@ class Checkpoints:
         return path
 
     def _write(self, path: str, copy: Any) -> None:
-        versions = {library.__name__: library.__version__ for library in (tf, keras, np)}
+        versions = {each.__name__: each.__version__ for each in (tf, keras, np)}
         facts = {**self._settings["facts"], "versions": versions}
         try:
             tf.io.gfile.makedirs(self.directory)
@@ -181,10 +182,10 @@ class Checkpoints:
                 cause = f"`{path}` cannot be read: {problem}."
                 raise CheckpointError(cause, "Restore another checkpoint by its path.")
             return path
-        for entry in reversed(commit.find(self.directory)):
-            if not (problem := entry.problem or self._restore(entry.path)):
-                return entry.path
-            logging.warning("%s is passed over: %s", entry.path, problem)
+        for found in reversed(commit.find(self.directory)):
+            if not (problem := found.problem or self._restore(found.path)):
+                return found.path
+            logging.warning("%s is passed over: %s", found.path, problem)
         if commit.was_any(self.directory):
             raise self._none_whole()
         return None

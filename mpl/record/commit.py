@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-_NAME = re.compile(r"(ckpt-(\d+))(\.index|\.data-\d{5}-of-\d{5}|\.commit|\.commit\.tmp|_temp/?)")
+_NAME = re.compile(
+    r"(ckpt-\d+)(\.index|\.data-\d{5}-of-\d{5}|\.commit|\.commit\.tmp|_temp/?)")
 _LIST = "checkpoint"
 _UNFINISHED = "it was not finished"
 _CHUNK_BYTES = 2**24
@@ -95,7 +96,7 @@ def damage(path: str) -> str | None:
 
 
 def was_any(directory: str) -> bool:
-    """Whether a checkpoint was ever committed: its marker or TensorFlow's list exist."""
+    """Whether there was ever a checkpoint: a marker is there, or TensorFlow's list."""
     has_list = tf.io.gfile.exists(os.path.join(directory, _LIST))
     return has_list or any(tf.io.gfile.exists(f"{found.path}.commit")
                            for found in find(directory))  # fmt: skip

@@ -288,11 +288,6 @@ class LossScaleOptimizer(tf.Module):
         assert self.ema_decay is not None
         average.assign_sub((1.0 - self.ema_decay) * (average - master))
 
-    def restart_averages(self) -> None:
-        """Lets the averages begin at the masters, after these were given new values."""
-        for average, bucket in zip(self.averages, self.buckets):
-            average.assign(bucket.variable)
-
     def skip(
         self,
         strategy: tf.distribute.Strategy,

@@ -398,16 +398,6 @@ class MasterWeights:
             for gradient, bucket in zip(of_params, self.buckets)
         ]
 
-    def first_nonfinite(self) -> str | None:
-        """Returns the name of a variable whose master is NaN or infinite, or None."""
-        for bucket in self.buckets:
-            master = tf.convert_to_tensor(bucket.variable)
-            if master.dtype.is_floating and not tf.reduce_all(tf.math.is_finite(master)):
-                for entry, part in zip(bucket.entries, bucket.split(master)):
-                    if not tf.reduce_all(tf.math.is_finite(part)):
-                        return entry.name
-        return None
-
     def publish(self) -> None:
         """Writes the packed masters back into the model's variables."""
         self._copy(self._publish)

@@ -208,7 +208,8 @@ def save(path, strategy, peers=distribute.Peers()):
     experiment = prepared("Plain", "float32", 1, strategy, peers)
     experiment.trainer.train(STEPS)
     objects = experiment.checkpoint_objects()
-    Checkpoints(path, writes=peers.is_chief, **objects).save(STEPS)
+    Checkpoints(
+        path, writes=peers.is_chief, asynchronous=False, **objects).save(STEPS)
     peers.share(None)  # it is written
 
 

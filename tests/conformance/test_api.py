@@ -15,9 +15,9 @@ SIGNATURES = {
     "Controller": (
         "*global_step, *trainer=, *evaluator=, *strategy=, *train_actions=, "
         "*eval_actions=, *steps_per_loop=, *log_every_steps=, *eval_every_steps=, "
-        "*checkpoint_manager=, *checkpoint_every_steps=, *summary_interval=, "
-        "*summary_dir=, *eval_summary_dir=, *reporters=, *after_restore=, *agree=, "
-        "*clock="
+        "*checkpoint_manager=, *checkpoint_every_steps=, "
+        "*checkpoint_every_secs=, *summary_interval=, *summary_dir=, "
+        "*eval_summary_dir=, *reporters=, *after_restore=, *agree=, *clock="
     ),
     "DataContext": "data_dir, global_batch_size, seed, compute_dtype",
     "DatasetSource": "dataset, num_examples=",

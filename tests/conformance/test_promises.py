@@ -24,7 +24,8 @@ def prepared(kind, strategy, **overrides):
 
 def everything(experiment, directory, step):
     """Returns all entries of a checkpoint of the experiment's state by key."""
-    path = Checkpoints(directory, **experiment.checkpoint_objects()).save(step)
+    path = Checkpoints(
+        directory, asynchronous=False, **experiment.checkpoint_objects()).save(step)
     reader = tf.train.load_checkpoint(path)
     return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()
             if not key.startswith(("_CHECKPOINTABLE", "save_counter"))}
@@ -48,7 +49,8 @@ def test_a_restored_run_continues_bit_for_bit(
 
     first = prepared(kind, strategy_of(replicas), **settings)
     first.trainer.train(13)
-    Checkpoints(tmp_path / "run", **first.checkpoint_objects()).save(13)
+    Checkpoints(
+        tmp_path / "run", asynchronous=False, **first.checkpoint_objects()).save(13)
     rest = prepared(kind, strategy_of(replicas), **{**settings})
     assert Checkpoints(tmp_path / "run", **rest.checkpoint_objects()).resume() == 13
     rest.after_restore()
@@ -87,7 +89,8 @@ def test_each_step_is_traced_once(strategy_of):
 def test_plain_tensorflow_reads_the_weights(strategy_of, tmp_path):
     experiment = prepared(digits.Digits, strategy_of(1), policy="mixed_bfloat16")
     experiment.trainer.train(3)
-    path = Checkpoints(tmp_path, **experiment.checkpoint_objects()).save(3)
+    path = Checkpoints(
+        tmp_path, asynchronous=False, **experiment.checkpoint_objects()).save(3)
     fresh = experiment.build_model()
     reader = tf.train.Checkpoint(model=fresh)
     reader.restore(path).expect_partial().assert_existing_objects_matched()
@@ -103,7 +106,8 @@ def test_another_packing_restores(strategy_of, tmp_path):
     settings = dict(policy="float32", ema_decay=0.9)
     saved = prepared(digits.Digits, strategy_of(2), **settings)
     saved.trainer.train(5)
-    Checkpoints(tmp_path, **saved.checkpoint_objects()).save(5)
+    Checkpoints(
+        tmp_path, asynchronous=False, **saved.checkpoint_objects()).save(5)
     restored = prepared(OtherPacking, strategy_of(1), **settings)
     Checkpoints(tmp_path, **restored.checkpoint_objects()).resume()
     restored.after_restore()

@@ -196,7 +196,8 @@ def test_a_trial_computes_what_training_computes_and_repeats_its_bits(
     first = prepared(Line, strategy_of(1))
     first.trainer.jit_trial = Timed(first, 1, 1, json.loads(json.dumps(switches)))
     first.trainer.train(24)
-    Checkpoints(tmp_path, **first.checkpoint_objects()).save(24)
+    Checkpoints(
+        tmp_path, asynchronous=False, **first.checkpoint_objects()).save(24)
     rest = prepared(Line, strategy_of(1))
     Checkpoints(tmp_path, **rest.checkpoint_objects()).resume()
     rest.after_restore()

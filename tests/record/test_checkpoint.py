@@ -181,7 +181,8 @@ def test_damaged_ones_are_named_and_passed_over(
     why = {"removed": "is missing", "flipped": "its checksum is another"}.get(
         damage, "has not the")
     if ending == MARKER:
-        why = "was not finished" if damage == "removed" else "ckpt-30.commit cannot be read"
+        why = ("was not finished" if damage == "removed"
+               else "ckpt-30.commit cannot be read")
     assert checkpoints.resume() == 20 == step.numpy()
     assert len(warned) == 1
     assert warned[0].startswith(f"{path} is passed over: ") and why in warned[0]
@@ -391,7 +392,8 @@ def test_shape_of_another_model(tmp_path):
 
 def test_missing_and_unknown_variables(tmp_path):
     directory, wider = tmp_path / "small", tmp_path / "large"
-    Checkpoints(directory, asynchronous=False, model=model_of(), step=tf.Variable(1)).save(5)
+    Checkpoints(
+        directory, asynchronous=False, model=model_of(), step=tf.Variable(1)).save(5)
     with pytest.raises(CheckpointError, match="net/norm/gamma is only here"):
         model = model_of(normalized=True)
         Checkpoints(directory, model=model, step=tf.Variable(1)).restore()
@@ -451,7 +453,8 @@ def test_any_number_of_replicas(tmp_path, strategy_of, saved, restored):
 
 def test_plain_tensorflow_reads_the_weights(tmp_path):
     model, other = model_of(), model_of()
-    path = Checkpoints(tmp_path, asynchronous=False, model=model, step=tf.Variable(3)).save(3)
+    path = Checkpoints(
+        tmp_path, asynchronous=False, model=model, step=tf.Variable(3)).save(3)
     status = tf.train.Checkpoint(model=other).restore(path)
     status.assert_existing_objects_matched().expect_partial()
     for old, new in zip(model.get_weights(), other.get_weights()):
