@@ -163,9 +163,11 @@ def assert_same(result, case, of_one_device, static_scale=None):
     assert (result["scale"], result["step"]) == (scale, STEPS)
     expected = {**of_one_device(kind, policy, 1), "scale": scale}
     tolerance = {"float32": 2e-6}.get(policy, 0.01)
-    for key in ("train loss", "validation loss"):
-        np.testing.assert_allclose(
-            result[key], expected[key], rtol=tolerance, err_msg=key)
+    for key in expected:
+        if key.startswith(("train", "validation")) and "accuracy" not in key:
+            np.testing.assert_allclose(
+                result[key], expected[key], err_msg=key,
+                rtol=2e-6 if "examples" in key else tolerance)
     if policy == "float32":
         return assert_close(result, expected)
     reference = of_one_device(kind, "float64", 1)
@@ -174,12 +176,13 @@ def assert_same(result, case, of_one_device, static_scale=None):
         assert 1e-6 < one[part] < 0.02 and got[part] <= 2 * one[part], part
 
 
-def test_every_one_of_four_replicas_is_poisoned_alone():
-    """And each of two, and each optimizer of a GAN."""
+def test_every_replica_is_poisoned_alone():
     steps, rows = poison().nonzero()
     alone = [row for step, row in zip(steps, rows) if sum(steps == step) == 1]
-    assert {row // 4 for row in alone} == {0, 1, 2, 3}
-    assert all(sum(skipped) > 1 for skipped in bad_steps("PoisonedGan").values())
+    assert {row // 4 for row in alone} == {0, 1, 2, 3}  # of four
+    bad = {part: list(np.flatnonzero(skipped))
+           for part, skipped in bad_steps("PoisonedGan").items()}
+    assert bad == {"discriminator": [6, 7, 17, 19], "generator": [3, 6, 9, 16]}
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
