@@ -3,8 +3,9 @@
     python tests/conformance/strategies.py SAVED FOLDER     # with TF_CONFIG
 
 Each case trains 20 steps, over the end of an epoch with its padded batch, without
-dropout, and returns what must not depend on the strategy. Parameter servers have one
-worker here, which makes steps one after another.
+dropout, then 20 with poisoned examples, in the same trace, and returns what must not
+depend on the strategy. Parameter servers have one worker here, which makes steps one
+after another.
 """
 
 import itertools
@@ -17,18 +18,20 @@ import tensorflow as tf
 
 import mpl
 from mpl import distribute
+from mpl.data import ArraySource, Pipeline
 from mpl.record.checkpoint import Checkpoints
 
 STEPS, BATCH, EXAMPLES = 20, 16, 252  # 16 batches an epoch, the last of 12 examples
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 ACCUMULATE = (1, 4)
+SEED = 1
 # Examples with an infinite gradient, by their number in the data: in a GAN 1 that of
 # the discriminator, -1 of the generator.
-POISONED = {3: 1, 77: -1, 130: 1, 188: -1, 204: -1}
+POISONED = {68: 1, 222: -1, 170: -1, 48: 1, 246: -1, 105: 1, 198: -1, 122: 1}
 layers = keras.layers
 
 
-def data(split, poisoned):
+def data(split, poisoned={}):
     random = np.random.default_rng(("train", "validation").index(split))
     image = random.normal(size=(EXAMPLES, 6, 6, 1)).astype(np.float32)
     poison = np.zeros(EXAMPLES, np.float32)
@@ -61,14 +64,19 @@ def counted(losses):
     return {"examples": (tf.ones_like(losses),)}
 
 
+def poisoned():
+    """Returns the training data with poison, in the order of an experiment's own."""
+    return Pipeline(ArraySource(data("train", POISONED)), global_batch_size=BATCH,
+                    seed=SEED, shuffle=True, repeat=True)
+
+
 class Plain(mpl.Experiment):
     """A small classifier."""
 
-    poisoned: dict[int, int] = {}
     layer_dtype = "float32"
 
     def build_data(self, split, context):
-        return None if split == "test" else data(split, self.poisoned)
+        return None if split == "test" else data(split)
 
     def build_model(self):
         return started(keras.Sequential([
@@ -99,12 +107,11 @@ class Small(Plain):
         return mpl.MasterWeights(model, self.policy, bucket_mb=1e-3)
 
 
-class Poisoned(Plain):
-    poisoned = POISONED
-
-
 class Gan(Plain):
-    """Two models, two optimizers, two calls of `strategy.run` a step."""
+    """Two models, two optimizers, two calls of `strategy.run` a step.
+
+    Each update decides for itself; the scale adjusts once for both.
+    """
 
     accumulates = True
 
@@ -164,16 +171,8 @@ class Gan(Plain):
         return {"examples": keras.metrics.Sum()}
 
 
-class PoisonedGan(Gan):
-    """Each update decides for itself; the scale adjusts once for both."""
-
-    poisoned = POISONED
-
-
-KINDS = {kind.__name__: kind for kind in (Plain, Small, Poisoned, Gan, PoisonedGan)}
-CASES = [*itertools.product(("Plain", "Gan"), POLICIES, ACCUMULATE),
-         *itertools.product(
-             ("Poisoned", "PoisonedGan"), ("float32", "mixed_float16"), (1,))]
+KINDS = {kind.__name__: kind for kind in (Plain, Small, Gan)}
+CASES = [*itertools.product(("Plain", "Gan"), POLICIES, ACCUMULATE)]
 
 
 def prepared(kind, policy, accumulate, strategy, peers=distribute.Peers(), **settings):
@@ -184,14 +183,17 @@ def prepared(kind, policy, accumulate, strategy, peers=distribute.Peers(), **set
         experiment.layer_dtype = "float64"
     config = mpl.RunConfig(
         policy=policy, accumulate_steps=accumulate, global_batch_size=BATCH,
-        train_steps=STEPS, clip_norm=1.0, ema_decay=0.9, seed=1, **settings)
+        train_steps=STEPS, clip_norm=1.0, ema_decay=0.9, seed=SEED, **settings)
     experiment.peers = peers
     experiment.setup(config, strategy)
     return experiment
 
 
 def outcome(experiment):
-    """Returns weights, averages, counts and metrics of an experiment, as arrays."""
+    """Returns weights, averages, counts and metrics of an experiment, as arrays.
+
+    Evaluation is without micro-batches, so it is left out where training has some.
+    """
     result = {}
     for part in sorted(experiment.weights) if isinstance(
             experiment.weights, dict) else [""]:
@@ -204,9 +206,11 @@ def outcome(experiment):
             result[f"{name} {part}"] = getattr(optimizer, name).numpy()
     result["step"] = experiment.global_step.numpy()
     result["scale"] = experiment.loss_scale.value.numpy()
-    report = experiment.train_report()
-    results = experiment.evaluators["validation"].evaluate(-1)
-    for split, values in (("train", report), ("validation", results)):
+    reports = {"train": experiment.train_report()}
+    if experiment.config.accumulate_steps == 1:
+        evaluator = experiment.evaluators["validation"]
+        reports["validation"] = evaluator.evaluate(-1)
+    for split, values in reports.items():
         for name in ("loss", "accuracy", "examples"):
             if name in values:
                 result[f"{split} {name}"] = np.float32(values[name])
@@ -214,11 +218,16 @@ def outcome(experiment):
 
 
 def train(kind, policy, accumulate, strategy, peers=distribute.Peers(), **settings):
-    """Trains a case and returns its `outcome`."""
+    """Trains a case; returns its `outcome`, and that of what follows with poison."""
     experiment = prepared(kind, policy, accumulate, strategy, peers, **settings)
     experiment.trainer.train(STEPS // 2)
     experiment.trainer.train(STEPS - STEPS // 2)
-    return outcome(experiment)
+    result = outcome(experiment)
+    experiment.pipelines["train"] = poisoned()
+    experiment.trainer.reset_iterator()
+    experiment.trainer.train(STEPS)
+    after = outcome(experiment)
+    return result | {f"poisoned {name}": value for name, value in after.items()}
 
 
 def restored(path, strategy, peers=distribute.Peers()):
