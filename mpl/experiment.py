@@ -62,8 +62,9 @@ class Experiment:
     def build_data(self, split: str, context: data_lib.DataContext) -> Any:
         """Returns the examples of "train", "validation" or "test"; None: no such split.
 
-        They are a dict of NumPy arrays by name, `mpl.ArraySource`, or a tf.data.Dataset
-        of dicts, one example an element.
+        They are a dict of NumPy arrays by name, a tf.data.Dataset of dicts, one example
+        an element, or a source: `mpl.ArraySource`, `mpl.DatasetSource`, or
+        `mpl.FileSource`, which shuffles files and goes on in the middle of them.
         """
         raise NotImplementedError(f"{type(self).__name__}.build_data")
 
@@ -220,6 +221,24 @@ class Experiment:
             split: loops.ExperimentEvaluator(self, split)
             for split in SPLITS[1:] if split in self.pipelines
         }
+        if peers.size > 1:
+            self._check_saving()
+
+    def _check_saving(self) -> None:
+        """The chief saves alone: no variable may need the others to be read."""
+        everything = tf.train.Checkpoint(**self.checkpoint_objects())
+        for part in tf.train.TrackableView(everything).descendants():
+            variable = part.value if isinstance(part, keras.Variable) else part
+            if isinstance(variable, tf.Variable) and (
+                variable.synchronization == tf.VariableSynchronization.ON_READ
+                and variable.aggregation != tf.VariableAggregation.ONLY_FIRST_REPLICA
+            ):
+                raise errors.ConfigError(
+                    f"`{variable.name}` of the model has synchronization ON_READ: all "
+                    "processes would have to read it, and the chief saves alone.",
+                    "Leave `synchronization` out, or return what it counts in "
+                    "`LossOutput.outputs` for a metric, which is not saved.",
+                )
 
     def build(self) -> None:
         """Makes the model and its weights under `self.policy`."""
@@ -260,7 +279,7 @@ class Experiment:
         if "train" not in self.pipelines:
             raise errors.ConfigError(
                 f"{type(self).__name__}.build_data returned nothing for 'train'.",
-                "Return a dict of arrays or a tf.data.Dataset for that split.",
+                "Return arrays, a tf.data.Dataset or mpl.FileSource for that split.",
             )
         self.num_examples = {
             split: pipeline.num_examples for split, pipeline in self.pipelines.items()

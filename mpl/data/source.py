@@ -108,7 +108,9 @@ def check_elements(dataset: tf.data.Dataset) -> None:
 
 
 def as_source(data: Any) -> Source:
-    """Makes a source of a dict of arrays or a `tf.data.Dataset`; a source stays.
+    """Makes a source of a dict of arrays or a `tf.data.Dataset`.
+
+    A source, as `mpl.FileSource` is one, stays what it is.
 
     Raises:
         ConfigError: anything else.
@@ -120,8 +122,8 @@ def as_source(data: Any) -> Source:
     if isinstance(data, Mapping):
         return ArraySource(data)
     raise ConfigError(
-        "Data must be a dict of arrays or a tf.data.Dataset, not "
-        f"{type(data).__name__}.",
+        "Data must be a dict of arrays, a tf.data.Dataset or a source, as "
+        f"mpl.FileSource, not {type(data).__name__}.",
         "Return {'image': images, 'label': labels} from `build_data`.",
     )
 

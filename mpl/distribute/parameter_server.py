@@ -102,12 +102,12 @@ def coordinating(
         tf.get_logger().removeFilter(_matters)
 
 
-def check_server_settings(config: Any, replicas: int) -> None:
+def check_server_settings(config: Any, replicas: int = 1) -> None:
     """Checks that a run wants nothing that parameter servers cannot give.
 
     Args:
         config: the run's settings.
-        replicas: how many devices a worker has.
+        replicas: how many devices a worker has, where that is known.
 
     Raises:
         ConfigError: with the first setting that does not go with them.
@@ -124,6 +124,10 @@ def check_server_settings(config: Any, replicas: int) -> None:
          "Leave it out."),
         ("communication", config.communication != "auto", "nothing is summed",
          "Use --communication=auto."),
+        ("reduce_dtype", config.reduce_dtype != "float32", "nothing is summed",
+         "Use --reduce_dtype=float32."),
+        ("bucket_mb", config.bucket_mb != 32, "no variables are packed",
+         "Use --bucket_mb=32, the default."),
     )  # fmt: skip
     for name, is_set, why, remedy in rules:
         if is_set:

@@ -207,11 +207,13 @@ def check_before(
     Raises:
         ConfigError: the workdir takes no files, `data_dir` is missing, the experiment
             cannot predict and is asked to, a cluster lacks a `workdir`, or the strategy
-            does not go with what is there.
+            does not go with what is there or with other settings.
     """
-    distribute.choose(
+    name, _ = distribute.choose(
         config.strategy, config.num_devices, cluster=cluster, tpu=config.tpu,
         communication=config.communication)
+    if name == "parameter_server":
+        distribute.check_server_settings(config)
     if cluster is not None and config.workdir is None:
         raise ConfigError(
             "`workdir` is not set, and all processes of a cluster must know it.",

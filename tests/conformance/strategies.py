@@ -1,9 +1,11 @@
-"""The same trainings under any strategy; as a program, those of one worker of many.
+"""The same trainings under any strategy; as a program, in one process of a cluster.
 
-    python tests/conformance/strategies.py FOLDER     # with TF_CONFIG
+    python tests/conformance/strategies.py SAVED FOLDER     # with TF_CONFIG
 
 Each case trains 20 steps, over the end of an epoch with its padded batch, without
-dropout, and returns what must not depend on the strategy.
+dropout, then 20 with poisoned examples, in the same trace, and returns what must not
+depend on the strategy. Parameter servers have one worker here, which makes steps one
+after another.
 """
 
 import itertools
@@ -16,19 +18,24 @@ import tensorflow as tf
 
 import mpl
 from mpl import distribute
+from mpl.data import ArraySource, Pipeline
 from mpl.record.checkpoint import Checkpoints
 
 STEPS, BATCH, EXAMPLES = 20, 16, 252  # 16 batches an epoch, the last of 12 examples
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 ACCUMULATE = (1, 4)
+SEED = 1
+# Examples with an infinite gradient, by their number in the data: in a GAN 1 that of
+# the discriminator, -1 of the generator.
+POISONED = {68: 1, 222: -1, 170: -1, 48: 1, 246: -1, 105: 1, 198: -1, 122: 1}
 layers = keras.layers
 
 
-def data(split, poisoned=()):
+def data(split, poisoned={}):
     random = np.random.default_rng(("train", "validation").index(split))
     image = random.normal(size=(EXAMPLES, 6, 6, 1)).astype(np.float32)
     poison = np.zeros(EXAMPLES, np.float32)
-    poison[list(poisoned)] = 1
+    poison[list(poisoned)] = list(poisoned.values())
     weight = random.uniform(0.5, 2.0, EXAMPLES).astype(np.float32)
     return {"image": image, "label": (image.sum((1, 2, 3)) > 0).astype(np.int32),
             "poison": poison, "weight": weight}
@@ -43,14 +50,33 @@ def started(model):
     return model
 
 
-class Plain(mpl.Experiment):
-    """A small classifier; `poisoned` examples have an infinite loss."""
+@tf.custom_gradient
+def exploding(losses, bad):
+    """Returns the losses; where `bad`, their gradient is infinite."""
+    def gradient(upstream):
+        return tf.where(bad, tf.constant(np.inf, upstream.dtype), upstream), None
 
-    poisoned: tuple[int, ...] = ()
+    return tf.identity(losses), gradient
+
+
+def counted(losses):
+    """Returns what a metric of the examples that were seen reads; they have weights."""
+    return {"examples": (tf.ones_like(losses),)}
+
+
+def poisoned():
+    """Returns the training data with poison, in the order of an experiment's own."""
+    return Pipeline(ArraySource(data("train", POISONED)), global_batch_size=BATCH,
+                    seed=SEED, shuffle=True, repeat=True)
+
+
+class Plain(mpl.Experiment):
+    """A small classifier."""
+
     layer_dtype = "float32"
 
     def build_data(self, split, context):
-        return None if split == "test" else data(split, self.poisoned)
+        return None if split == "test" else data(split)
 
     def build_model(self):
         return started(keras.Sequential([
@@ -65,12 +91,13 @@ class Plain(mpl.Experiment):
     def loss(self, batch, training):
         logits = self.model(batch["image"], training=training)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
-        inf = tf.constant(np.inf, losses.dtype)
-        losses = tf.where(batch["poison"] > 0, inf, losses)
-        return mpl.LossOutput(losses, batch["weight"], (batch["label"], logits))
+        losses = exploding(losses, batch["poison"] != 0)
+        outputs = {"accuracy": (batch["label"], logits), **counted(losses)}
+        return mpl.LossOutput(losses, batch["weight"], outputs)
 
     def metrics(self):
-        return {"accuracy": keras.metrics.SparseCategoricalAccuracy()}
+        return {"accuracy": keras.metrics.SparseCategoricalAccuracy(),
+                "examples": keras.metrics.Sum()}
 
 
 class Small(Plain):
@@ -80,12 +107,11 @@ class Small(Plain):
         return mpl.MasterWeights(model, self.policy, bucket_mb=1e-3)
 
 
-class Poisoned(Plain):
-    poisoned = (3, 77, 130)  # each in the part of one replica
-
-
 class Gan(Plain):
-    """Two models, two optimizers, two calls of `strategy.run` a step."""
+    """Two models, two optimizers, two calls of `strategy.run` a step.
+
+    Each update decides for itself; the scale adjusts once for both.
+    """
 
     accumulates = True
 
@@ -131,21 +157,22 @@ class Gan(Plain):
             return tf.cast(verdict[:, 0], self.layer_dtype)
 
         on_fake = judge(self.model["generator"](layers.Flatten()(batch["image"])))
-        losses = tf.nn.softplus(-on_fake)
+        losses, sign = tf.nn.softplus(-on_fake), -1
         if name == "discriminator":
             losses = tf.nn.softplus(on_fake) + tf.nn.softplus(-judge(batch["image"]))
-        return mpl.LossOutput(losses, batch["weight"], (batch["label"], on_fake))
+            sign = 1
+        losses = exploding(losses, batch["poison"] == sign)
+        return mpl.LossOutput(losses, batch["weight"], counted(losses))
 
     def loss(self, batch, training):  # of evaluation
         return self.adversarial_loss(batch, "generator")
 
     def metrics(self):
-        return {}
+        return {"examples": keras.metrics.Sum()}
 
 
-KINDS = {kind.__name__: kind for kind in (Plain, Small, Poisoned, Gan)}
-CASES = [*itertools.product(("Plain", "Gan"), POLICIES, ACCUMULATE),
-         *itertools.product(("Poisoned",), ("float32", "mixed_float16"), (1,))]
+KINDS = {kind.__name__: kind for kind in (Plain, Small, Gan)}
+CASES = [*itertools.product(("Plain", "Gan"), POLICIES, ACCUMULATE)]
 
 
 def prepared(kind, policy, accumulate, strategy, peers=distribute.Peers(), **settings):
@@ -156,14 +183,17 @@ def prepared(kind, policy, accumulate, strategy, peers=distribute.Peers(), **set
         experiment.layer_dtype = "float64"
     config = mpl.RunConfig(
         policy=policy, accumulate_steps=accumulate, global_batch_size=BATCH,
-        train_steps=STEPS, clip_norm=1.0, ema_decay=0.9, seed=1, **settings)
+        train_steps=STEPS, clip_norm=1.0, ema_decay=0.9, seed=SEED, **settings)
     experiment.peers = peers
     experiment.setup(config, strategy)
     return experiment
 
 
 def outcome(experiment):
-    """Returns weights, averages, counts and metrics of an experiment, as arrays."""
+    """Returns weights, averages, counts and metrics of an experiment, as arrays.
+
+    Evaluation is without micro-batches, so it is left out where training has some.
+    """
     result = {}
     for part in sorted(experiment.weights) if isinstance(
             experiment.weights, dict) else [""]:
@@ -171,26 +201,33 @@ def outcome(experiment):
         optimizer = experiment.optimizer[part] if part else experiment.optimizer
         for kind, values in (("weight", None), ("average", optimizer.averages)):
             for key, value in weights.by_key(values).items():
-                result[f"{kind} {part}{key}"] = np.array(value)
+                result[f"{kind} {part}{key}"] = value.numpy()
         for name in ("applied_steps", "skipped_steps"):
-            result[f"{name} {part}"] = np.array(getattr(optimizer, name))
-    result["step"] = np.array(experiment.global_step)
-    result["scale"] = np.array(experiment.loss_scale.value)
-    report = experiment.train_report()
-    results = experiment.evaluators["validation"].evaluate(-1)
-    for split, values in (("train", report), ("validation", results)):
-        for name in ("loss", "accuracy"):
+            result[f"{name} {part}"] = getattr(optimizer, name).numpy()
+    result["step"] = experiment.global_step.numpy()
+    result["scale"] = experiment.loss_scale.value.numpy()
+    reports = {"train": experiment.train_report()}
+    if experiment.config.accumulate_steps == 1:
+        evaluator = experiment.evaluators["validation"]
+        reports["validation"] = evaluator.evaluate(-1)
+    for split, values in reports.items():
+        for name in ("loss", "accuracy", "examples"):
             if name in values:
-                result[f"{split} {name}"] = np.array(values[name])
+                result[f"{split} {name}"] = np.float32(values[name])
     return result
 
 
 def train(kind, policy, accumulate, strategy, peers=distribute.Peers(), **settings):
-    """Trains a case and returns its `outcome`."""
+    """Trains a case; returns its `outcome`, and that of what follows with poison."""
     experiment = prepared(kind, policy, accumulate, strategy, peers, **settings)
     experiment.trainer.train(STEPS // 2)
     experiment.trainer.train(STEPS - STEPS // 2)
-    return outcome(experiment)
+    result = outcome(experiment)
+    experiment.pipelines["train"] = poisoned()
+    experiment.trainer.reset_iterator()
+    experiment.trainer.train(STEPS)
+    after = outcome(experiment)
+    return result | {f"poisoned {name}": value for name, value in after.items()}
 
 
 def restored(path, strategy, peers=distribute.Peers()):
@@ -213,21 +250,31 @@ def save(path, strategy, peers=distribute.Peers()):
     peers.share(None)  # it is written
 
 
-def main(folder):
-    """Trains all cases as one worker; the chief writes the outcomes."""
+def main(saved, folder):
+    """Trains all cases as one process; the chief writes the outcomes.
+
+    Args:
+        saved: folder with checkpoints to go on from.
+        folder: for the outcomes, and a checkpoint.
+    """
     cluster = distribute.find_cluster()
-    with distribute.joined(cluster, 120) as peers:
+    servers = cluster if cluster.has_servers else None
+    if servers and servers.job != "chief":
+        return distribute.serve(servers, 120)
+    with (
+        distribute.coordinating(servers, 120),
+        distribute.joined(None if servers else cluster, 120) as peers,
+    ):
         strategy = distribute.get_strategy(cluster=cluster)
-        for case in CASES:
-            result = train(*case, strategy, peers)
-            if peers.is_chief:
-                np.savez(folder / f"{'-'.join(map(str, case))}.npz", **result)
+        results = {"-".join(map(str, case)): (train, *case) for case in CASES}
         for name in ("mirrored", "one_device"):
-            result = restored(folder / name, strategy, peers)
+            results[f"restored {name}"] = restored, saved / name
+        for name, (function, *arguments) in results.items():
+            result = function(*arguments, strategy, peers)
             if peers.is_chief:
-                np.savez(folder / f"restored {name}.npz", **result)
-        save(folder / "multi_worker", strategy, peers)
+                np.savez(folder / f"{name}.npz", **result)
+        save(folder / "saved", strategy, peers)
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(*map(pathlib.Path, sys.argv[1:]))

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import mpl
 from experiments import digits, gan_digits
-from mpl import inference
+from mpl import distribute, inference
 from mpl.record.checkpoint import Checkpoints
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
@@ -337,3 +337,55 @@ def test_an_export_takes_every_feature_that_predict_looks_at(strategy_of, tmp_pa
     image = digits.digits.load("test")["image"][:2]
     got = predict({"image": image, "mask": np.array([0, 1], np.float32)})
     assert (got[0] == 0).all() and got[1].sum() > 0.99
+
+
+class OfTwo(distribute.Peers):
+    """The chief of two processes, of which the other agrees with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 2
+
+    def share(self, value):
+        return [value, value]
+
+
+KINDS, SUMS = tf.VariableSynchronization, tf.VariableAggregation
+
+
+@pytest.mark.parametrize("keras_model", [False, True])
+@pytest.mark.parametrize("kind, aggregation, peers, refused", [
+    (KINDS.ON_READ, SUMS.SUM, OfTwo(), True),
+    (KINDS.ON_READ, SUMS.MEAN, OfTwo(), True),
+    (KINDS.ON_READ, SUMS.ONLY_FIRST_REPLICA, OfTwo(), False),
+    (KINDS.AUTO, SUMS.MEAN, OfTwo(), False),
+    (KINDS.ON_READ, SUMS.SUM, distribute.Peers(), False)])
+def test_the_chief_can_save_alone(
+    kind, aggregation, peers, refused, keras_model, strategy_of
+):
+    """A variable that all processes must read together would stop it for ever."""
+    def seen():
+        return tf.Variable(0.0, trainable=False, name="seen", aggregation=aggregation,
+                           synchronization=kind)
+
+    class Counting(digits.Digits):
+        def build_model(self):
+            model = tf.Module()
+            model.inner = super().build_model()
+            if keras_model:
+                model = model.inner
+            model.seen = seen()
+            return model
+
+    experiment = Counting()
+    experiment.peers = peers
+    arguments = digits.Config(policy="float32"), strategy_of(1)
+    if not refused:
+        return experiment.setup(*arguments)
+    with pytest.raises(mpl.ConfigError) as error:
+        experiment.setup(*arguments)
+    assert str(error.value) == (
+        "`seen:0` of the model has synchronization ON_READ: all processes would have "
+        "to read it, and the chief saves alone.\nLeave `synchronization` out, or "
+        "return what it counts in `LossOutput.outputs` for a metric, which is not "
+        "saved.")
