@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpl.distribute import Cluster, check_server_settings
+from mpl.distribute import Cluster
 from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import app
@@ -38,12 +38,11 @@ def test_the_chief_refuses_before_there_is_a_strategy(
 @pytest.mark.parametrize(("name", "value", "_"), REFUSED)
 def test_without_servers_they_are_taken(name, value, _, tmp_path):
     config = RunConfig(workdir=str(tmp_path), **{name: value})
-    app.check_before(Empty(), config, None)
     workers = Cluster({"worker": ["a:1", "b:1"]}, "worker", 0)
-    app.check_before(Empty(), config, None, workers)
+    for cluster in (None, workers):
+        assert app.check_before(Empty(), config, None, cluster) is None
 
 
 def test_the_defaults_go_with_servers(tmp_path):
-    check_server_settings(RunConfig())
-    cluster = Cluster(JOBS, "chief", 0)
-    app.check_before(Empty(), RunConfig(workdir=str(tmp_path)), None, cluster)
+    config, cluster = RunConfig(workdir=str(tmp_path)), Cluster(JOBS, "chief", 0)
+    assert app.check_before(Empty(), config, None, cluster) is None
