@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,21 @@ Spread = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of the comparison; `measured` is what `trials.run_once` returned."""
+    """One run of the comparison, with what `run_once` and `time_exports` measured."""
 
     policy: str
     seed: int
     run: Run
-    measured: Mapping[str, Any]
+    measured: dict[str, Any]
+
+    @property
+    def predictions(self) -> dict[str, np.ndarray]:
+        """The arrays that it predicted for the test data; empty if it did not."""
+        path = os.path.join(self.run.path, "predictions.npz")
+        if not os.path.exists(path):
+            return {}
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,53 +129,49 @@ def spread(values: Iterable[float | None]) -> Spread:
             "values": values}
 
 
-def compare(trials: Sequence[Trial], goal: Goal) -> dict[str, dict[str, Any]]:
-    """Returns the figures of each policy, one value a seed (see `spread`).
+def compare(trials: Sequence[Trial], goal: Goal) -> dict[str, dict[str, Spread]]:
+    """Returns the figures of each policy, see `spread`, with a value for each seed.
 
-    `speedup` and `difference` are against the reference's run of the same seed;
-    `agreement` and `largest_difference` compare predictions with that run's, and those
-    of the reference with its own ones of the next seed: so much comes from chance.
+    They are compared with the reference's run of the same seed; the reference's own
+    predictions with those of its next seed: so much comes from chance.
     """
     of = {(trial.policy, trial.seed): trial for trial in trials}
-    policies = list(dict.fromkeys(trial.policy for trial in trials))
+    policies = dict.fromkeys(trial.policy for trial in trials)
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
-    base = reference(policies)
-    found: dict[str, dict[str, Any]] = {}
+    base, found = reference(policies), {}
     for policy in policies:
-        own = [of[policy, seed] for seed in seeds]
-        peers = [of[base, seed] for seed in seeds]
-        others = peers[1:] + peers[:1] if policy == base else peers
-        agreed = [agreement(_predictions(a.run), _predictions(b.run))
-                  if a is not b else (math.nan, math.nan) for a, b in zip(own, others)]
-        columns: dict[str, Callable[[Trial], float | None]] = {
-            "training_secs": lambda trial: total_secs(trial.run),
-            "steps_per_sec": lambda trial: statistics.median(
-                trial.run.curve("train", "steps_per_sec")[1] or [math.nan]),
-            "process_secs": lambda trial: trial.measured["secs"],
-            "peak_memory_mb": lambda trial: trial.measured["peak_memory_mb"],
-            "final": lambda trial: trial.run.last(goal.final_split, goal.metric),
-            "skipped_steps": lambda trial: trial.run.last("train", "skipped_steps"),
-            "at_equal_time": lambda trial: goal.at_equal_time(trial.run),
-            "secs_to_target": lambda trial: goal.secs_to_target(trial.run),
-        }
-        figures = {name: spread(map(read, own)) for name, read in columns.items()}
-        secs, final = columns["training_secs"], columns["final"]
-        if policy != base:
-            pairs = list(zip(own, peers))
-            figures["speedup"] = spread(secs(b) / secs(a) for a, b in pairs)
-            figures["difference"] = spread(final(a) - final(b) for a, b in pairs)
-        figures["agreement"] = spread(share for share, _ in agreed)
-        figures["largest_difference"] = spread(most for _, most in agreed)
-        found[policy] = figures
+        others = seeds[1:] + seeds[:1] if policy == base else seeds
+        rows = [_figures(of[policy, seed], of[base, seed], of[base, other], goal)
+                for seed, other in zip(seeds, others)]
+        found[policy] = {name: spread(row[name] for row in rows) for name in rows[0]}
     return found
 
 
-def _predictions(run: Run) -> dict[str, np.ndarray]:
-    path = os.path.join(run.path, "predictions.npz")
-    if not os.path.exists(path):
-        return {}
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+def _figures(
+    trial: Trial, peer: Trial, other: Trial, goal: Goal
+) -> dict[str, float | None]:
+    """Returns the figures of one run, beside `peer`, and `other`'s predictions."""
+    run, measured = trial.run, trial.measured
+    secs, final = total_secs(run), run.last(goal.final_split, goal.metric)
+    same = most = math.nan
+    if other is not trial:
+        same, most = agreement(trial.predictions, other.predictions)
+    return {
+        "training_secs": secs,
+        "speedup": total_secs(peer.run) / secs,
+        "steps_per_sec": statistics.median(
+            run.curve("train", "steps_per_sec")[1] or [math.nan]),
+        "process_secs": measured["secs"],
+        "peak_memory_mb": measured["peak_memory_mb"],
+        "final": final,
+        "difference": final - peer.run.last(goal.final_split, goal.metric),
+        "skipped_steps": run.last("train", "skipped_steps"),
+        "at_equal_time": goal.at_equal_time(run),
+        "secs_to_target": goal.secs_to_target(run),
+        "same_class_percent": 100 * same,
+        "largest_difference": most,
+        **{f"predict_{n}_ms": measured.get(f"predict_{n}_ms") for n in _BATCH_SIZES},
+    }
 
 
 def agreement(
@@ -194,39 +199,34 @@ def agreement(
     return float(np.fmin.reduce(shares)), float(np.fmax.reduce(differences))
 
 
-def latencies(exports: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Measures how long exported models take to predict zeros, by turns.
+def time_exports(trials: Sequence[Trial]) -> None:
+    """Measures by turns how long the runs' exports take to predict zeros.
 
-    Args:
-        exports: folders of SavedModels by name.
-
-    Returns:
-        For each name whose features all have fixed shapes: `computes_in`, the policy of
-        the export, and `batch_1` and `batch_256`, the median and quartiles in ms.
+    Adds the medians, `predict_<batch size>_ms`, and the policy that an export
+    `computes_in` to `measured`; where a feature has no fixed shape, nothing.
     """
-    calls, found, timed = [], dict[str, dict[str, Any]](), dict[Any, list[float]]()
-    for name, path in exports.items():
+    calls: list[tuple[Trial, str, Any, Any, list[float]]] = []
+    for trial in trials:
+        path = os.path.join(trial.run.path, "export")
+        if not os.path.isdir(path):
+            continue
         signature = tf.saved_model.load(path).signatures["serving_default"]
         specs = signature.structured_input_signature[1]
         if all(spec.shape[1:].is_fully_defined() for spec in specs.values()):
             with open(os.path.join(path, INFO_FILE), encoding="utf-8") as file:
-                found[name] = {"computes_in": json.load(file)["policy"]}
+                trial.measured["computes_in"] = json.load(file)["policy"]
             predict = load_predictor(path)
             for size in _BATCH_SIZES:
-                batch = {feature: tf.zeros([size, *spec.shape[1:]], spec.dtype).numpy()
-                         for feature, spec in specs.items()}
-                timed[name, size] = []
-                calls.append((timed[name, size], predict, batch))
+                batch = {name: tf.zeros([size, *spec.shape[1:]], spec.dtype).numpy()
+                         for name, spec in specs.items()}
+                calls.append((trial, f"predict_{size}_ms", predict, batch, []))
     deadline = time.monotonic() + _LATENCY_SECS
     for number in range(_WARM_UP + _ROUNDS):
         if number >= _WARM_UP + _FEWEST and time.monotonic() > deadline:
             break
-        for times, predict, batch in calls:
+        for *_, predict, batch, times in calls:
             start = time.perf_counter()
             predict(batch)
-            times += [1e3 * (time.perf_counter() - start)] * (number >= _WARM_UP)
-    for (name, size), times in timed.items():
-        low, median, high = np.percentile(times, [25, 50, 75]).tolist()
-        figures = {"low": low, "median": median, "high": high}
-        found[name][f"batch_{size}"] = figures
-    return found
+            times.append(1e3 * (time.perf_counter() - start))
+    for trial, name, *_, times in calls:
+        trial.measured[name] = statistics.median(times[_WARM_UP:])

@@ -186,8 +186,9 @@ def latest() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads a command line, by default this process's, and writes the report."""
-    parser = Parser("python -m mpl.tools.report", description=__doc__.split("\n")[0],
-                    allow_abbrev=False)
+    parser = Parser(
+        "python -m mpl.tools.report", description="Shows runs as a page with curves.",
+        allow_abbrev=False)
     parser.add_argument("run", nargs="*", help="folder (default: the latest run)")
     parser.add_argument("--out", help="folder to write (default: RUN/report)")
     given = parser.parse_args(argv)
