@@ -84,8 +84,8 @@ def _claim(out: pathlib.Path, command: Sequence[str]) -> None:
 
 
 def _write(out: str, command: Sequence[str], done: Sequence[Trial], goal: Goal) -> None:
-    figures, base = comparison.compare(done, goal), comparison.reference(
-        trial.policy for trial in done)
+    figures = comparison.compare(done, goal)
+    base = comparison.reference(figures)
     seeds = list(dict.fromkeys(trial.seed for trial in done))
     what = {name: None if value != value else value  # NaN
             for name, value in dataclasses.asdict(goal).items()}
@@ -153,7 +153,7 @@ def _notes(done: Sequence[Trial], num_seeds: int, base: str) -> list[str]:
                  "shortest run.")
     dtypes = {trial.policy: trial.measured.get("computes_in") for trial in done}
     if any(dtypes.values()):
-        words = ", ".join(f"{dtype} ({policy})" for policy, dtype in dtypes.items())
+        words = ", ".join(f"{dtype} ({name})" for name, dtype in dtypes.items())
         notes.append(f"Prediction: medians, by turns. The exports compute in {words}.")
     return notes
 
@@ -185,7 +185,7 @@ def _picture(
         panel.set(title=f"{label.partition(' [')[0]}: each run, and the mean",
                   xlabel="policy", ylabel=label, xlim=(-0.5, len(figures) - 0.5))
         if name != "final":
-            panel.set_ylim(bottom=0)
+            plots.from_zero(panel)
     plots.legend(drawn, [*styles.items(), *lines.items()])
     return plots.png(drawn)
 
@@ -216,9 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", type=integers, default="0,1,2", help="(default: %(default)s)")
     add("--out", default="runs/compare",
         help="folder for the runs and what is written (default: %(default)s)")
-    add("--target", type=metric_and_value, default=(None, None), help="METRIC or METRIC:VALUE, "
-        "what is compared and the value whose time is told (default: the experiment's "
-        "first metric; the worst that a run of float32 ends with)")
+    add("--target", type=metric_and_value, default=(None, None),
+        metavar="METRIC[:VALUE]", help="what is compared, and the value whose time is "
+        "told (default: the experiment's first metric; the worst that a run of float32 "
+        "ends with)")
     given, command = parser.parse_args(words[:cut]), words[cut + 1:]
     if not command:
         parser.error("there is no command after --")

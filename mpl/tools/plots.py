@@ -49,6 +49,12 @@ def legend(drawn: Any, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
                  ncols=columns, frameon=False, fontsize="small")
 
 
+def from_zero(panel: Any) -> None:
+    """Lets the vertical axis of a panel begin at 0, with room above the data."""
+    panel.axhline(0, color="none")
+    panel.set_ylim(bottom=0)
+
+
 def png(drawn: Any) -> bytes:
     """Returns a figure as the bytes of a PNG."""
     buffer = io.BytesIO()

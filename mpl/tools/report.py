@@ -62,8 +62,8 @@ def report(paths: Sequence[str], out: str | None = None) -> str:
         page.details("Flags that do not differ", "\n".join(
             f"--{name}={values[0]}" for name, values in _flags(runs, False).items())),
         page.paragraph(
-            "Time in training is that in blocks of steps, tracing included; evaluation, "
-            "saving and the time between restarts do not count."),
+            "Time in training is that in blocks of steps, tracing included; "
+            "evaluation, saving and the time between restarts do not count."),
     )
     page.write(folder, {**pictures, "report.html": text})
     return os.path.join(folder, "report.html")
@@ -158,7 +158,7 @@ def _draw_training(panel: Any, runs: Sequence[Run], name: str) -> None:
     if name == "loss_scale":
         panel.set_yscale("log", base=2)
     elif name in ("examples_per_sec", "goodput"):
-        panel.set_ylim(bottom=0)
+        plots.from_zero(panel)
 
 
 def _skips(run: Run) -> tuple[list[int], list[float]]:

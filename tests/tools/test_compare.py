@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -131,8 +132,8 @@ def test_a_failing_run_names_its_log_and_the_rest_is_kept(tmp_path, capsys):
     assert main(tmp_path, "--fails=mixed_bfloat16", seeds="0") == 1
     assert capsys.readouterr().err == (
         "[2/3] mixed_bfloat16 seed 0 ended with exit code 1; its last line: "
-        f"it does not work\nSee {tmp_path}/mixed_bfloat16/0.log; the same command again "
-        "goes on from here.\n")
+        f"it does not work\nSee {tmp_path}/mixed_bfloat16/0.log; the same command "
+        "again goes on from here.\n")
     assert not (tmp_path / "compare.json").exists()
     (tmp_path / "mixed_bfloat16" / "0" / "mended").touch()
     assert main(tmp_path, "--fails=mixed_bfloat16", seeds="0") == 0
@@ -183,6 +184,16 @@ def test_a_child_that_does_not_heed_is_killed(tmp_path, monkeypatch):
         trials.run_once([sys.executable, "-c", text, str(tmp_path / "ready")],
                         str(tmp_path / "run"), "run")
     assert json.loads((tmp_path / "run.json").read_text())["exit_code"] == -9
+
+
+def test_a_terminal_sees_the_last_line_of_the_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "21")
+    text = "import time; print('step 1\\nstep 2 of a long line'); time.sleep(0.5)"
+    trials.run_once([sys.executable, "-c", text], str(tmp_path / "run"), "run")
+    out = capsys.readouterr().out
+    assert "\rrun: step 2 of a lon\r" in out and "starts" not in out
+    assert re.search(r"\rrun: \d s {12}\n$", out)
 
 
 def test_peak_memory_is_the_childs_own(tmp_path):

@@ -64,7 +64,7 @@ class Page(html.parser.HTMLParser):
 def figures(monkeypatch):
     """The figures that are drawn, in order."""
     drawn, png = [], plots.png
-    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or png(figure))
+    monkeypatch.setattr(plots, "png", lambda each: drawn.append(each) or png(each))
     return drawn
 
 
@@ -117,7 +117,8 @@ def test_the_pictures(tmp_path, figures):
     assert [axes.get_yscale() for axes in metrics.axes] == ["log", "linear"]
     assert all(axes.get_xlabel() == "step" for axes in (*metrics.axes, *training.axes))
     train, validation, test = metrics.axes[1].lines[:3]
-    assert list(train.get_ydata()) == list(validation.get_ydata()) == [0.2, 0.4, 0.6, 0.8]
+    assert list(train.get_ydata()) == [0.2, 0.4, 0.6, 0.8]
+    assert list(validation.get_ydata()) == [0.2, 0.4, 0.6, 0.8]
     assert (list(test.get_xdata()), list(test.get_ydata())) == ([40], [0.875])
     assert [axes.get_ylabel() for axes in training.axes] == [
         "learning rate", "loss scale", "throughput [examples/s]",
