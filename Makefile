@@ -9,7 +9,7 @@ PY := .venv/bin/python
 FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 WORKERS ?= 2
 
-.PHONY: help train bench test test-fast lint typecheck clean
+.PHONY: help train report bench test test-fast lint typecheck clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -17,6 +17,10 @@ help: ## list the targets
 
 train: .venv/installed-train ## train, evaluate, export, reload and predict digits
 	@$(PY) -m experiments.digits --mode=all
+
+# RUNS="runs/a runs/b" for others than the latest.
+report: .venv/installed-plots ## show the latest run as a page with curves
+	@$(PY) -m mpl.tools.report $(RUNS)
 
 # BENCH_FLAGS=--full for everything; BENCH_FLAGS=--help for the rest.
 bench: .venv/installed-bench ## compare with a hand-written loop, Keras fit and Orbit
