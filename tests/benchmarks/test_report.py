@@ -151,7 +151,6 @@ def test_the_picture_is_drawn_or_the_lack_of_matplotlib_is_said(tmp_path, monkey
     assert said == [
         "No picture: pip install matplotlib (the extra `plots`) to have one."]
 
-    pytest.importorskip("matplotlib")
     records = {MPL: record(1.0), RAW: record(2.0), FIT: record(0.5)}
     assert report.draw(records, tmp_path / "b.png", said.append)
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
