@@ -50,13 +50,15 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
         raise ClusterError(cause, remedy) from error
     logging.info("Serving as %s %d at %s.", cluster.job, cluster.index, server.target)
     # Ctrl-C reaches all; the chief needs its servers to save.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    is_main = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     has_come, deadline = False, time.monotonic() + timeout_secs
     while time.monotonic() < deadline:
         if _answers(chief):
             has_come, deadline = True, time.monotonic() + _GONE_SECS
         time.sleep(_LOOK_SECS)
+    if former is not None:
+        signal.signal(signal.SIGINT, former)
     if not has_come:
         cause = f"chief 0 ({chief}) did not start within {timeout_secs:g} s."
         raise ClusterError(cause, _LOG)

@@ -24,6 +24,7 @@ from mpl.record.progress import Progress
 
 Results = dict[str, dict[str, float]]
 _POLL_SECS = 10.0  # how often continuous_eval asks whether training is complete
+_WATCHED = ("early_stop", "best_metric")
 _FILES = (
     "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "export",
     "predictions.npz",
@@ -120,13 +121,14 @@ class Session:
         self.best_metric = loop.NewBestMetric(f"validation/{best[0]}", best[1])
         objects = {"early_stopping": self.stopping, "best_metric": self.best_metric,
                    **experiment.checkpoint_objects()}
-        # What a changed setting gives another meaning begins anew.
+        # The best value of another metric means nothing.
+        new = {name: written(getattr(config, name)) for name in _WATCHED}
+        watching: tuple[tf.Module, ...] = (self.stopping, self.best_metric)
         self._anew = [
-            (objects[kind], [variable.numpy() for variable in objects[kind].variables])
-            for kind, setting in (("early_stopping", "early_stop"),
-                                  ("best_metric", "best_metric"))
-            if record is not None and _metric(record.get(setting)) != _metric(
-                written(getattr(config, setting)))]
+            (each, [variable.numpy() for variable in each.variables])
+            for each, before, after in zip(
+                watching, _watched(record or new), _watched(new))
+            if before != after]
         self.checkpoints = Checkpoints(
             self._file("checkpoints"), max_to_keep=config.max_to_keep,
             keep_every_steps=config.keep_every_steps, writes=peers.is_chief,
@@ -345,9 +347,10 @@ class Session:
         return self._said
 
 
-def _metric(setting: str | None) -> str:
-    """Returns the metric that a setting names."""
-    return (setting or "none").partition(":")[0]
+def _watched(settings: Mapping[str, str]) -> tuple[str, str]:
+    """Returns the metrics of early stopping and of the best checkpoint, or "none"."""
+    stop, best = (settings.get(name, "none").partition(":")[0] for name in _WATCHED)
+    return stop, stop if best == "none" else best
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None: ...

@@ -149,7 +149,8 @@ def assert_same(result, case, of_one_device, static_scale=None):
     assert (result["step"], result["poisoned step"]) == (STEPS, 2 * STEPS)
     for key, value in result.items():
         if policy == "float32":
-            tolerance = {"rtol": 1e-5, "atol": 1e-6}
+            # Of 20 steps; the 20 with poison after them amplify rounding.
+            tolerance = {"rtol": 1e-5, "atol": 5e-6 if "poison" in key else 1e-6}
         elif key.endswith("examples"):
             tolerance = {"rtol": 1e-6}
         elif key.endswith("loss"):

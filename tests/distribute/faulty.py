@@ -22,6 +22,7 @@ import tensorflow as tf
 import mpl
 from mpl import distribute
 from mpl.launch import session
+from mpl.record import commit
 from mpl.record.checkpoint import Checkpoints
 
 cluster = distribute.find_cluster()
@@ -73,17 +74,18 @@ class FaultySaving(Checkpoints):
     def save(self, number):
         index = pathlib.Path(self.directory, f"ckpt-{step}.index")
         if mine and cluster.rank and str(number) == step:
-            while not index.exists():  # the chief's `_commit` follows
+            while not index.exists():  # the chief's commit follows
                 time.sleep(0.05)
             end()
         return super().save(number)
 
-    def _commit(self, names):
-        if names[-1] == f"ckpt-{step}":
-            if mine:
-                end()
-            time.sleep(4)
-        super()._commit(names)
+
+def commit_slowly(path, facts):
+    if path.endswith(f"ckpt-{step}"):
+        if mine:
+            end()
+        time.sleep(4)
+    committed(path, facts)
 
 
 class ReadOnly(tf.io.gfile.GFile):
@@ -96,6 +98,7 @@ if cluster is not None and cluster.rank:
     tf.io.gfile.GFile = ReadOnly
 if phase == "save":
     session.Checkpoints = FaultySaving
+    committed, commit.commit = commit.commit, commit_slowly
 if mine and phase == "start":
     distribute.get_strategy = end
 if __name__ == "__main__":
@@ -108,4 +111,5 @@ if __name__ == "__main__":
         sys.argv.append("--clip_norm=3")
     mpl.run(Faulty, train_steps=40, eval_every_steps=10, checkpoint_every_steps=5,
             steps_per_loop=5, log_every_steps=5, global_batch_size=8,
+            async_checkpoints=phase == "save",
             policy="float32", optimizer="sgd", learning_rate=0.1)
