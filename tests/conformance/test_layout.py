@@ -205,7 +205,7 @@ def test_the_size_of_mpl_does_not_grow_unnoticed():
     sizes = {path: _code_lines(path) for path in MPL}
     assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 4330
     tools = sum(n for path, n in sizes.items() if path.parent.name == "tools")
-    assert sum(sizes.values()) - tools <= 7020 and tools <= 790
+    assert sum(sizes.values()) - tools <= 7025 and tools <= 790
 
 
 def test_no_fit_and_no_compile():
