@@ -229,16 +229,14 @@ class Experiment:
         everything = tf.train.Checkpoint(**self.checkpoint_objects())
         for part in tf.train.TrackableView(everything).descendants():
             variable = part.value if isinstance(part, keras.Variable) else part
-            if isinstance(variable, tf.Variable) and (
-                variable.synchronization == tf.VariableSynchronization.ON_READ
-                and variable.aggregation != tf.VariableAggregation.ONLY_FIRST_REPLICA
-            ):
+            kind = getattr(variable, "synchronization", None)
+            if kind == tf.VariableSynchronization.ON_READ and (
+                    variable.aggregation != tf.VariableAggregation.ONLY_FIRST_REPLICA):
                 raise errors.ConfigError(
                     f"`{variable.name}` of the model has synchronization ON_READ: all "
                     "processes would have to read it, and the chief saves alone.",
-                    "Leave `synchronization` out, or return what it counts in "
-                    "`LossOutput.outputs` for a metric, which is not saved.",
-                )
+                    "Leave `synchronization` out, or make it a metric: return what it "
+                    "counts in `LossOutput.outputs`.")
 
     def build(self) -> None:
         """Makes the model and its weights under `self.policy`."""

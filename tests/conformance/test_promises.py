@@ -340,7 +340,7 @@ def test_an_export_takes_every_feature_that_predict_looks_at(strategy_of, tmp_pa
 
 
 class OfTwo(distribute.Peers):
-    """The chief of two processes, of which the other agrees with it."""
+    """The chief of two processes, as if the other had the same of all."""
 
     def __init__(self):
         super().__init__()
@@ -364,28 +364,26 @@ def test_the_chief_can_save_alone(
     kind, aggregation, peers, refused, keras_model, strategy_of
 ):
     """A variable that all processes must read together would stop it for ever."""
-    def seen():
-        return tf.Variable(0.0, trainable=False, name="seen", aggregation=aggregation,
-                           synchronization=kind)
-
     class Counting(digits.Digits):
         def build_model(self):
-            model = tf.Module()
-            model.inner = super().build_model()
-            if keras_model:
-                model = model.inner
-            model.seen = seen()
+            model = super().build_model()
+            if not keras_model:
+                model, inner = tf.Module(), model
+                model.inner = inner
+            model.seen = tf.Variable(
+                0.0, trainable=False, name="seen", aggregation=aggregation,
+                synchronization=kind)
             return model
 
     experiment = Counting()
     experiment.peers = peers
     arguments = digits.Config(policy="float32"), strategy_of(1)
     if not refused:
-        return experiment.setup(*arguments)
+        assert experiment.setup(*arguments) is None
+        return
     with pytest.raises(mpl.ConfigError) as error:
         experiment.setup(*arguments)
     assert str(error.value) == (
         "`seen:0` of the model has synchronization ON_READ: all processes would have "
-        "to read it, and the chief saves alone.\nLeave `synchronization` out, or "
-        "return what it counts in `LossOutput.outputs` for a metric, which is not "
-        "saved.")
+        "to read it, and the chief saves alone.\nLeave `synchronization` out, or make "
+        "it a metric: return what it counts in `LossOutput.outputs`.")
