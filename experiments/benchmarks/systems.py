@@ -226,7 +226,7 @@ class KerasFit(System):
     def settle(self, num_steps: int) -> None:
         if self.steps_per_call > 1 and num_steps % self.steps_per_call == 0:
             return
-        whole = max(n for n in (1, 16, 32, 64) if num_steps % n == 0)
+        whole = max(n for n in (1, 16, 64) if num_steps % n == 0)
         self.steps_per_call = min(
             {1, whole}, key=lambda n: self._secs_with(n, num_steps))
 
