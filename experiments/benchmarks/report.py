@@ -13,7 +13,7 @@ from experiments.benchmarks.goals import IMPORT, Result, samples
 from experiments.benchmarks.measure import Ratio, Record, Records, Run, ratio_of_medians
 
 # Of the loss after one step and after all; of how far training has moved it.
-_FLOAT32, _16_BIT = (1e-5, 3e-3, 0.1), (2e-2, 5e-2, 0.5)
+_FLOAT32, _16_BIT = (1e-3, 3e-3, 0.1), (2e-2, 5e-2, 0.5)
 _TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
 _COLORS = {"raw": "#4477aa", "keras_fit": "#ee8866", "orbit": "#44aa77"}
 
@@ -22,12 +22,13 @@ def loss_mismatches(records: Records) -> list[str]:
     """Returns a line for each run whose loss is not that of its peers.
 
     The runs of a work, policy and scaling are compared with `raw`, or the first of
-    them. A difference is allowed after one step of 1e-5 of the loss in float32, and of
-    2e-2 in 16 bits, where each operation rounds to two or three digits. Training
-    amplifies rounding: after `LOSS_STEPS` steps 3e-3 and 5e-2 are allowed (TensorFlow's
-    fused Adam and Keras's, which round differently, are 1.8e-3 apart on ResNet-20), and
-    of a tenth (half) of how far training has moved the reference's, so that who did
-    nothing does not pass.
+    them. A difference is allowed after one step of 1e-3 of the loss in float32 (Adam's
+    first step gives full length to a gradient that is zero but for rounding, as that of
+    the keys' biases of GPT: 1.9e-4), and of 2e-2 in 16 bits, where each operation rounds
+    to two or three digits. Training amplifies rounding: after `LOSS_STEPS` steps 3e-3
+    and 5e-2 are allowed (TensorFlow's fused Adam and Keras's, which round differently,
+    are 1.8e-3 apart on ResNet-20), and a tenth (half) of how far training has moved the
+    reference's, so that who did nothing does not pass.
     """
     lines = []
     for run, record in records.items():
