@@ -178,6 +178,7 @@ def test_an_error_of_training_is_raised():
     assert experiment.trainer.variant == ""
 
 
+@pytest.mark.slow
 def test_a_trial_computes_what_training_computes_and_repeats_its_bits(
     strategy_of, tmp_path
 ):

@@ -96,6 +96,7 @@ def test_checkpoints_without_a_flagfile_warn(tmp_path, monkeypatch):
     assert lines == [f"{tmp_path} has checkpoints, but no flagfile.txt to check"]
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     code = "import sys, mpl.launch.workdir as w; w.lock(sys.argv[1]); print('held')"
     command = [sys.executable, "-c", code, str(tmp_path)]
