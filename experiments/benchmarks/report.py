@@ -24,11 +24,11 @@ def loss_mismatches(records: Records) -> list[str]:
     The runs of a work, policy and scaling are compared with `raw`, or the first of
     them. A difference is allowed after one step of 1e-3 of the loss in float32 (Adam's
     first step gives full length to a gradient that is zero but for rounding, as that of
-    the keys' biases of GPT: 1.9e-4), and of 2e-2 in 16 bits, where each operation rounds
-    to two or three digits. Training amplifies rounding: after `LOSS_STEPS` steps 3e-3
-    and 5e-2 are allowed (TensorFlow's fused Adam and Keras's, which round differently,
-    are 1.8e-3 apart on ResNet-20), and a tenth (half) of how far training has moved the
-    reference's, so that who did nothing does not pass.
+    the keys' biases of GPT: 1.9e-4), and of 2e-2 in 16 bits, where each operation
+    rounds to two or three digits. Training amplifies rounding: after `LOSS_STEPS` steps
+    3e-3 and 5e-2 are allowed (TensorFlow's fused Adam and Keras's, which round
+    differently, are 1.8e-3 apart on ResNet-20), and a tenth (half) of how far training
+    has moved the reference's, so that who did nothing does not pass.
     """
     lines = []
     for run, record in records.items():
