@@ -62,7 +62,8 @@ class ExperimentTrainer(trainer_lib.Trainer):
 
     @tf.autograph.experimental.do_not_convert
     def should_stop(self) -> tf.Tensor:
-        limit = self._experiment.config.max_consecutive_skips
+        config = self._experiment.config
+        limit = 1 if config.on_nonfinite == "stop" else config.max_consecutive_skips
         optimizers = tf.nest.flatten(self._experiment.optimizer)
         flags = [each.consecutive_skips >= limit for each in optimizers]
         return functools.reduce(tf.logical_or, flags)

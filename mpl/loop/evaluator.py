@@ -84,7 +84,7 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
         return self._loop.dataset
 
     def evaluate(self, num_steps: tf.Tensor | int = -1) -> dict[str, Any] | None:
-        """Evaluates `num_steps` steps; -1: all of the data.
+        """Evaluates `num_steps` steps; -1: all of the data. None if it was halted.
 
         Raises:
             EndOfDataError: There was not one batch.
@@ -95,7 +95,14 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
         loop.run(num_steps, self.make_eval_dataset)
         if loop.data_ended and num_steps >= 0:
             logging.warning("The data gave %d of %d steps.", self.steps_done, num_steps)
+        if loop.halt.numpy():
+            return None
         return self.eval_end() if loop.state is None else self.eval_end(loop.state)
+
+    @property
+    def loop(self) -> InnerLoop:
+        """What runs the steps: it can be halted, and tells how far it is."""
+        return self._loop
 
     @property
     def steps_done(self) -> int:

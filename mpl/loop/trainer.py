@@ -123,6 +123,11 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
                 variable.assign(position)
 
     @property
+    def loop(self) -> InnerLoop:
+        """What runs the steps: it can be halted, and tells how far it is."""
+        return self._loop
+
+    @property
     def steps_done(self) -> int:
         """How many steps the last `train` finished."""
         return int(self._loop.done.numpy())
