@@ -12,16 +12,16 @@ from mpl.experiment import Experiment
 
 def write(
     experiment: Experiment, path: str, goes_on: Callable[[], bool] = lambda: True
-) -> int:
+) -> int | None:
     """Writes predictions for `batches` to an .npz file; returns how many there are.
 
-    Nothing is written if `goes_on`, called before each batch, is once false.
+    None, and nothing is written, if `goes_on` is false before one of the batches.
     """
     predictor, buffer = experiment.predictor(), io.BytesIO()
     parts = []
     for batch in batches(experiment):
         if not goes_on():
-            return 0
+            return None
         parts.append(predictor(batch))
     arrays = tf.nest.map_structure(lambda *part: np.concatenate(part), *parts)
     arrays = arrays if isinstance(arrays, dict) else {"predictions": arrays}

@@ -304,10 +304,10 @@ class Session:
             return self._interrupt.requested is None
 
         path = self.config.output or self._file("predictions.npz")
-        if not (count := predictions.write(self.experiment, path, goes_on)):
-            return
-        self._print(f"Predictions for {count} examples are in {path}")
-        self._said = {"predictions": count}
+        count = predictions.write(self.experiment, path, goes_on)
+        if count is not None:
+            self._print(f"Predictions for {count} examples are in {path}")
+            self._said = {"predictions": count}
 
     def command(self, **settings: Any) -> str:
         """Returns what to type to use this run's folder with these settings."""
