@@ -28,6 +28,8 @@ _LOG = "Look at its log, or wait longer: --cluster_timeout."
 def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
     """Serves as a worker or a parameter server until the chief is gone for a minute.
 
+    After SIGTERM it ends as soon as the chief is gone.
+
     TensorFlow's servers never end and do not tell whether anybody needs them. The chief
     listens at its address from the time when it has found all of them, so this looks
     whether somebody does. A worker that is started again joins in where it was.
@@ -49,13 +51,17 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
         remedy = "End the process that uses it, or take another port."
         raise ClusterError(cause, remedy) from error
     logging.info("Serving as %s %d at %s.", cluster.job, cluster.index, server.target)
-    # Ctrl-C reaches all; the chief needs its servers to save.
+    # Ctrl-C and SIGTERM reach all; the chief needs its servers to save.
+    asked: list[int] = []
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     has_come, deadline = False, time.monotonic() + timeout_secs
     while time.monotonic() < deadline:
         if _answers(chief):
             has_come, deadline = True, time.monotonic() + _GONE_SECS
+        elif asked:
+            return
         time.sleep(_LOOK_SECS)
     if not has_come:
         cause = f"chief 0 ({chief}) did not start within {timeout_secs:g} s."
