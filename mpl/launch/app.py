@@ -19,7 +19,8 @@ from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import flags, identity, workdir
 from mpl.launch.config import TRAINING_MODES, RunConfig, merged
-from mpl.launch.session import Results, Session, intervals, metric_names, python
+from mpl.launch.intervals import intervals
+from mpl.launch.session import Results, Session, metric_names, python
 from mpl.record import pretrained
 
 _ERRORS = (

@@ -11,11 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from mpl import loop
-from mpl.errors import CheckpointError, ConfigError, Preempted
+from mpl.errors import CheckpointError, Preempted
 from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_best_metric, parse_early_stop
+from mpl.launch.intervals import intervals
 from mpl.launch.option import written
 from mpl.loop.inner_loop import counter
 from mpl.loop.interrupt import end_if
@@ -30,38 +31,6 @@ _FILES = (
     "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "export",
     "predictions.npz",
 )  # fmt: skip
-
-
-def intervals(
-    config: RunConfig, train_steps: int, batches_per_epoch: int | None
-) -> dict[str, Any]:
-    """Returns all intervals of a `Controller`: those set, and rules for the others.
-
-    Raises:
-        ConfigError: epochs are asked for, and nobody knows how long one is.
-    """
-    epoch = batches_per_epoch or 0
-    if config.eval_every_epochs and not epoch:
-        raise ConfigError(
-            f"`eval_every_epochs` ({config.eval_every_epochs}) needs training data of "
-            "known length.",
-            "Use --eval_every_steps, or give the DatasetSource `num_examples`.",
-        )
-    default = train_steps if config.train_steps or not epoch else epoch
-    evaluate = (config.eval_every_epochs or 0) * epoch or default
-    evaluate = config.eval_every_steps or evaluate
-    often = 100 if config.train_steps else default
-    log = config.log_every_steps or min(evaluate, often)
-    save = config.checkpoint_every_steps or min(evaluate, 1000)
-    summary = config.summary_every_steps or log
-    shortest = min(100, evaluate, log, save, summary)
-    return {
-        "steps_per_loop": config.steps_per_loop or shortest,
-        "log_every_steps": log,
-        "eval_every_steps": evaluate,
-        "checkpoint_every_steps": save,
-        "summary_interval": summary,
-    }
 
 
 def metric_names(experiment: Experiment) -> list[str]:
@@ -298,16 +267,15 @@ class Session:
 
     def predict(self) -> None:
         """Writes predictions for the input file, or the test data, as an .npz file."""
-
-        def goes_on() -> bool:
-            self._watchdog.enter("prediction")
-            return self._interrupt.requested is None
-
         path = self.config.output or self._file("predictions.npz")
-        count = predictions.write(self.experiment, path, goes_on)
+        count = predictions.write(self.experiment, path, self._goes_on)
         if count is not None:
             self._print(f"Predictions for {count} examples are in {path}")
             self._said = {"predictions": count}
+
+    def _goes_on(self) -> bool:
+        self._watchdog.enter("prediction")
+        return self._interrupt.requested is None
 
     def command(self, **settings: Any) -> str:
         """Returns what to type to use this run's folder with these settings."""
