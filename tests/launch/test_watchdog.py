@@ -28,8 +28,6 @@ def watched(capfd):
             codes.append(code)
             ended.set()
 
-        with Watchdog(0.1, end) as _:
-            pass
         dog = Watchdog(0.1, end)
         with dog:
             moves(dog)
@@ -56,7 +54,7 @@ def test_a_loop_that_stops_moving(watched):
     assert codes == [43] and 0.05 < secs < 0.9
     first, _, stacks = err.partition("\n")
     assert first == "Nothing moved for 0 s in training; what each thread does:"
-    assert "most recent call first" in stacks and "in watched" not in first
+    assert "most recent call first" in stacks
 
 
 @pytest.mark.parametrize("count", [0, 1])
