@@ -192,6 +192,7 @@ class Controller:
             with self._summaries.to(split):
                 output = evaluator.evaluate(tf.constant(steps, tf.int64))
             if self._interrupt.halted:
+                self.evaluation_due.assign(1)
                 return {}
             results[split] = _on_host(output)
             speed = evaluator.steps_done / max(self._clock() - start, 1e-9)
@@ -298,10 +299,9 @@ class Controller:
 
         def evaluate_now() -> None:
             nonlocal results, evaluated_at
+            self.evaluation_due.assign(int(any(signals)))
             new = {} if any(signals) else evaluate()
-            is_made = not (any(signals) or self._interrupt.halted)
-            self.evaluation_due.assign(int(not is_made))
-            if is_made:
+            if not self.evaluation_due.numpy():
                 results, evaluated_at = new, step
 
         for reporter in self.reporters:
