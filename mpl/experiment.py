@@ -205,7 +205,7 @@ class Experiment:
                 f"`on_nonfinite` (stop) does not go with `loss_scale` "
                 f"({config.loss_scale}), which under {self.policy.name} is dynamic: it "
                 "finds its scale by steps that overflow.",
-                "Use --loss_scale=1024, --policy=mixed_bfloat16 or --on_nonfinite=skip.",
+                "Use --loss_scale=1024, --policy=mixed_bfloat16, or skip.",
             )
         self._build_pipelines()
         if peers.size > 1:  # before the first variable, which workers send each other

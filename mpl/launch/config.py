@@ -206,17 +206,17 @@ class RunConfig:
     allow_changed_flags: bool = _setting(
         False, "Resume although flags that change the mathematics differ.")
     on_nonfinite: str = _setting(
-        "skip", "What to do about a step whose loss or gradients are not finite: change "
-        "nothing and go on with the next, or end the run with a report.",
+        "skip", "After a step whose loss or gradients are not finite, which changes "
+        "nothing: go on with the next, or end the run with a report.",
         choices=("skip", "stop"))
     max_consecutive_skips: int = _setting(
         50, "Non-finite steps in a row that end the run.", minimum=1)
     preemption_signal: str = _setting(
-        "SIGTERM", "A signal that, like SIGTERM, lets the step end, saves and exits with "
-        "code 42.", choices=("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"))
+        "SIGTERM", "A signal that, like SIGTERM, lets the step end, saves and exits "
+        "with code 42.", choices=("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"))
     watchdog_secs: float | None = _setting(
-        None, "After so many seconds without a step print what all threads do, and exit "
-        "with code 43; what is compiled, saved or exported has ten times as long.",
+        None, "After so many seconds without a step print what all threads do, and "
+        "exit with code 43; what is compiled, saved or exported has ten times as long.",
         above=0)
     input: str | None = _setting(
         None, "For predict: an .npz file of arrays by name. none: the test data.")

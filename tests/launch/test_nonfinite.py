@@ -64,7 +64,8 @@ def test_a_run_ends_with_a_report_and_saves_nothing_bad(settings, step, row):
     steps = {name for name in os.listdir("w/checkpoints") if name.endswith(".commit")}
     assert {"ckpt-2.commit", "ckpt-4.commit"} <= steps
     for name in steps:
-        reader = tf.train.load_checkpoint(f"w/checkpoints/{name.removesuffix('.commit')}")
+        path = os.path.join("w", "checkpoints", name.removesuffix(".commit"))
+        reader = tf.train.load_checkpoint(path)
         for key in reader.get_variable_to_shape_map():
             value = reader.get_tensor(key)
             if value.dtype.kind == "f" and "model" in key:
@@ -80,8 +81,8 @@ def test_skipping_goes_on_to_the_end():
 @pytest.mark.parametrize("settings", [
     {"loss_scale": "dynamic"}, {"policy": "mixed_float16", "loss_scale": "auto"}])
 def test_stop_does_not_go_with_a_dynamic_scale(settings):
-    said = (r"^`on_nonfinite` \(stop\) does not go with `loss_scale` \(.*\), which under "
-            r".* is dynamic: .*\nUse --loss_scale=1024, ")
+    said = (r"^`on_nonfinite` \(stop\) does not go with `loss_scale` \(.*\), which "
+            r"under .* is dynamic: .*\nUse --loss_scale=1024, ")
     with pytest.raises(ConfigError, match=said):
         launch.run(Unbuilt, workdir="w", on_nonfinite="stop", **settings)
     assert not os.path.exists("w")
