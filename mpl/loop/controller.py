@@ -141,7 +141,7 @@ class Controller:
         runners = [each for each in (trainer, *_named(evaluator).values()) if each]
         self._interrupt = interrupt or Interrupt(
             [] if agree else [each.loop for each in runners])
-        self._listening: Any = contextlib.nullcontext() if interrupt else self._interrupt
+        self._context: Any = contextlib.nullcontext() if interrupt else self._interrupt
         self._watchdog = watchdog or Watchdog(None)
         self.evaluation_due = counter() if evaluation_due is None else evaluation_due
         self.stop_training = False
@@ -307,7 +307,7 @@ class Controller:
         for reporter in self.reporters:
             reporter.start(step, None if steps < 0 else steps)
         try:
-            with self._listening:
+            with self._context:
                 if self.evaluation_due.numpy() and goes_on():
                     evaluate_now()
                 while goes_on():
