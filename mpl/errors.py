@@ -43,6 +43,14 @@ class NonFiniteError(_TwoLines, ArithmeticError):
     """Too many steps in a row had an infinite or undefined gradient, loss or state."""
 
 
+class Preempted(SystemExit):
+    """A signal asked the run to end. It can go on; a program ends with code 42."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(message)
+        self.code = 42
+
+
 def two_lines(error: BaseException) -> str:
     """Returns cause and remedy, without what AutoGraph and Keras wrote around them."""
     inner: BaseException | None = error

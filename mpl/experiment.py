@@ -200,6 +200,14 @@ class Experiment:
         self._jit_compile = _use_xla(config.jit_compile, replicas)
         with strategy.scope():  # `auto` asks whether it is a TPU's
             self.policy = policy_lib.get_policy(config.policy, self.policy_overrides)
+        name = loss_scale_lib.resolved(config.loss_scale, self.policy)
+        if config.on_nonfinite == "stop" and name == "dynamic":
+            raise errors.ConfigError(
+                f"`on_nonfinite` (stop) does not go with `loss_scale` "
+                f"({config.loss_scale}), which under {self.policy.name} is dynamic: it "
+                "finds its scale by steps that overflow.",
+                "Use --loss_scale=1024, --policy=mixed_bfloat16, or skip.",
+            )
         self._build_pipelines()
         if peers.size > 1:  # before the first variable, which workers send each other
             peers.agree({

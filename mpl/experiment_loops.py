@@ -24,10 +24,10 @@ class ExperimentTrainer(trainer_lib.Trainer):
     def __init__(self, experiment: Any):
         eager = experiment.config.debug_eager
         super().__init__(options=trainer_lib.TrainerOptions(use_tf_function=not eager))
-        self._experiment, self._loop.one_graph = experiment, True
-        self._loop.waits = experiment.pipelines["train"].has_own_threads
+        self._experiment, self.loop.one_graph = experiment, True
+        self.loop.waits = experiment.pipelines["train"].has_own_threads
         if isinstance(experiment.strategy, tf.distribute.ParameterServerStrategy):
-            self._loop: Any = coordinated_lib.CoordinatedLoop(
+            self.loop: Any = coordinated_lib.CoordinatedLoop(
                 experiment.train_step, experiment.strategy, experiment.global_step)
 
     def make_train_dataset(self) -> Any:
@@ -51,7 +51,7 @@ class ExperimentTrainer(trainer_lib.Trainer):
         if self.jit_trial is None or num_steps < 0:
             return self._train_part(num_steps)
         done = self.jit_trial.train(self._train_part, int(num_steps))
-        self._loop.done.assign(done)
+        self.loop.done.assign(done)
 
     def _train_part(self, num_steps: Any) -> Any:
         try:
@@ -62,7 +62,8 @@ class ExperimentTrainer(trainer_lib.Trainer):
 
     @tf.autograph.experimental.do_not_convert
     def should_stop(self) -> tf.Tensor:
-        limit = self._experiment.config.max_consecutive_skips
+        config = self._experiment.config
+        limit = 1 if config.on_nonfinite == "stop" else config.max_consecutive_skips
         optimizers = tf.nest.flatten(self._experiment.optimizer)
         flags = [each.consecutive_skips >= limit for each in optimizers]
         return functools.reduce(tf.logical_or, flags)

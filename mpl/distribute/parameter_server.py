@@ -28,6 +28,8 @@ _LOG = "Look at its log, or wait longer: --cluster_timeout."
 def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
     """Serves as a worker or a parameter server until the chief is gone for a minute.
 
+    After SIGTERM it ends as soon as the chief is gone.
+
     TensorFlow's servers never end and do not tell whether anybody needs them. The chief
     listens at its address from the time when it has found all of them, so this looks
     whether somebody does. A worker that is started again joins in where it was.
@@ -49,16 +51,23 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
         remedy = "End the process that uses it, or take another port."
         raise ClusterError(cause, remedy) from error
     logging.info("Serving as %s %d at %s.", cluster.job, cluster.index, server.target)
-    # Ctrl-C reaches all; the chief needs its servers to save.
-    is_main = threading.current_thread() is threading.main_thread()
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    # Ctrl-C and SIGTERM reach all; the chief needs its servers to save.
+    asked: list[int] = []
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        former[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        former[signal.SIGTERM] = signal.signal(
+            signal.SIGTERM, lambda number, _: asked.append(number)
+        )
     has_come, deadline = False, time.monotonic() + timeout_secs
     while time.monotonic() < deadline:
         if _answers(chief):
             has_come, deadline = True, time.monotonic() + _GONE_SECS
+        elif asked:
+            return
         time.sleep(_LOOK_SECS)
-    if former is not None:
-        signal.signal(signal.SIGINT, former)
+    for number, handler in former.items():
+        signal.signal(number, handler)
     if not has_come:
         cause = f"chief 0 ({chief}) did not start within {timeout_secs:g} s."
         raise ClusterError(cause, _LOG)

@@ -19,7 +19,8 @@ from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import flags, identity, workdir
 from mpl.launch.config import TRAINING_MODES, RunConfig, merged
-from mpl.launch.session import Results, Session, intervals, metric_names, python
+from mpl.launch.intervals import intervals
+from mpl.launch.session import Results, Session, metric_names, python
 from mpl.record import pretrained
 
 _ERRORS = (
@@ -46,6 +47,7 @@ def run(experiment_class: type[Experiment], **overrides: Any) -> Results:
         ConfigError: a setting is unknown or wrong; nothing was written.
         CheckpointError: the run's checkpoint does not fit the experiment.
         NonFiniteError: too many steps in a row were skipped.
+        Preempted: a signal asked the run to end; all it had done is saved.
     """
     is_script = hasattr(sys.modules["__main__"], "__file__")
     if is_script and experiment_class.__module__ == "__main__":
@@ -59,8 +61,9 @@ def run_program(
     """Runs an experiment as an absl binary with this command line.
 
     Raises:
-        SystemExit: after a help text (0), an error of mpl (1), a wrong flag (2), or
-            Ctrl-C (130).
+        SystemExit: after a help text (0), an error of mpl (1), a wrong flag (2), a
+            preemption (42), or Ctrl-C (130). The watchdog ends the process with 43, a
+            second signal with 128 + its number.
     """
     config_class, start = experiment_class.Config or RunConfig, program()
     results: list[Results] = []

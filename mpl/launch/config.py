@@ -83,7 +83,10 @@ class RunConfig:
         jit_compile: compile the step with XLA; auto: see `mpl/launch/jit_trial.py`.
         debug_eager: run step by step in Python.
         allow_changed_flags: resume although flags that change the mathematics differ.
+        on_nonfinite: what follows a step with infinite or undefined gradients.
         max_consecutive_skips: non-finite steps in a row that end the run.
+        preemption_signal: signal that, beside SIGTERM, asks the run to end.
+        watchdog_secs: seconds without a step after which a run that hangs is ended.
         input: file of examples to predict.
         output: file for predictions, or folder for an export.
     """
@@ -202,8 +205,19 @@ class RunConfig:
         False, "Run in Python, step by step, so that print and pdb work.")
     allow_changed_flags: bool = _setting(
         False, "Resume although flags that change the mathematics differ.")
+    on_nonfinite: str = _setting(
+        "skip", "After a step whose loss or gradients are not finite, which changes "
+        "nothing: go on with the next, or end the run with a report.",
+        choices=("skip", "stop"))
     max_consecutive_skips: int = _setting(
         50, "Non-finite steps in a row that end the run.", minimum=1)
+    preemption_signal: str = _setting(
+        "SIGTERM", "A signal that, like SIGTERM, lets the step end, saves and exits "
+        "with code 42.", choices=("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"))
+    watchdog_secs: float | None = _setting(
+        None, "After so many seconds without a step print what all threads do, and "
+        "exit with code 43; what is compiled, saved or exported has ten times as long.",
+        above=0)
     input: str | None = _setting(
         None, "For predict: an .npz file of arrays by name. none: the test data.")
     output: str | None = _setting(

@@ -1,7 +1,7 @@
 """What --mode=predict reads and writes."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -10,10 +10,19 @@ from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 
 
-def write(experiment: Experiment, path: str) -> int:
-    """Writes predictions for `batches` to an .npz file; returns how many there are."""
+def write(
+    experiment: Experiment, path: str, goes_on: Callable[[], bool] = lambda: True
+) -> int | None:
+    """Writes predictions for `batches` to an .npz file; returns how many there are.
+
+    None, and nothing is written, if `goes_on` is false before one of the batches.
+    """
     predictor, buffer = experiment.predictor(), io.BytesIO()
-    parts = [predictor(batch) for batch in batches(experiment)]
+    parts = []
+    for batch in batches(experiment):
+        if not goes_on():
+            return None
+        parts.append(predictor(batch))
     arrays = tf.nest.map_structure(lambda *part: np.concatenate(part), *parts)
     arrays = arrays if isinstance(arrays, dict) else {"predictions": arrays}
     np.savez(buffer, **arrays)

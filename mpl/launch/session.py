@@ -11,12 +11,15 @@ import numpy as np
 import tensorflow as tf
 
 from mpl import loop
-from mpl.errors import CheckpointError, ConfigError
+from mpl.errors import CheckpointError, Preempted
 from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_best_metric, parse_early_stop
+from mpl.launch.intervals import intervals
 from mpl.launch.option import written
+from mpl.loop.inner_loop import counter
+from mpl.loop.interrupt import end_if
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import load_predictor
 from mpl.record.metrics_log import MetricsWriter
@@ -29,38 +32,6 @@ _FILES = (
     "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "export",
     "predictions.npz",
 )  # fmt: skip
-
-
-def intervals(
-    config: RunConfig, train_steps: int, batches_per_epoch: int | None
-) -> dict[str, Any]:
-    """Returns all intervals of a `Controller`: those set, and rules for the others.
-
-    Raises:
-        ConfigError: epochs are asked for, and nobody knows how long one is.
-    """
-    epoch = batches_per_epoch or 0
-    if config.eval_every_epochs and not epoch:
-        raise ConfigError(
-            f"`eval_every_epochs` ({config.eval_every_epochs}) needs training data of "
-            "known length.",
-            "Use --eval_every_steps, or give the DatasetSource `num_examples`.",
-        )
-    default = train_steps if config.train_steps or not epoch else epoch
-    evaluate = (config.eval_every_epochs or 0) * epoch or default
-    evaluate = config.eval_every_steps or evaluate
-    often = 100 if config.train_steps else default
-    log = config.log_every_steps or min(evaluate, often)
-    save = config.checkpoint_every_steps or min(evaluate, 1000)
-    summary = config.summary_every_steps or log
-    shortest = min(100, evaluate, log, save, summary)
-    return {
-        "steps_per_loop": config.steps_per_loop or shortest,
-        "log_every_steps": log,
-        "eval_every_steps": evaluate,
-        "checkpoint_every_steps": save,
-        "summary_interval": summary,
-    }
 
 
 def metric_names(experiment: Experiment) -> list[str]:
@@ -119,7 +90,9 @@ class Session:
             f"validation/{watch.metric}", watch.patience, watch.mode
         )
         self.best_metric = loop.NewBestMetric(f"validation/{best[0]}", best[1])
+        self._evaluation_due = counter()
         objects = {"early_stopping": self.stopping, "best_metric": self.best_metric,
+                   "evaluation_due": self._evaluation_due,
                    **experiment.checkpoint_objects()}
         # The best value of another metric means nothing.
         new = {name: written(getattr(config, name)) for name in _WATCHED}
@@ -143,14 +116,36 @@ class Session:
         shown = None if config.train_steps else epoch
         log = self._file("metrics.jsonl")
         self._reporters: list[Any] = [self.last]
+        self._log = MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch)
         if peers.is_chief:
-            self._reporters += [
-                Progress(global_batch_size=size, batches_per_epoch=shown),
-                MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch),
-            ]
+            progress = Progress(global_batch_size=size, batches_per_epoch=shown)
+            self._reporters += [progress, self._log]
+        runners = [experiment.trainer, *experiment.evaluators.values()]
+        self._interrupt = loop.Interrupt(  # of processes in step none may end alone
+            [each.loop for each in runners] if peers.size == 1 else [],
+            ["SIGTERM", config.preemption_signal])
+        self._watchdog = loop.Watchdog(config.watchdog_secs)
 
     def go(self) -> Results:
-        """Does what `mode` says, and returns the last values of each split."""
+        """Does what `mode` says, and returns the last values of each split.
+
+        Raises:
+            Preempted, KeyboardInterrupt: A signal asked the run to end, which it did
+                after the step, the write or the batch of predictions under way.
+        """
+        try:
+            with self._interrupt, self._watchdog:
+                return self._go()
+        except (KeyboardInterrupt, Preempted) as end:
+            how = "Preempted after" if isinstance(end, Preempted) else "Stopped at"
+            text = (f"{how} step {self._step()}; last checkpoint: "
+                    f"{self.checkpoints.latest}\nGo on with: {self.command()}")
+            self._print(text, file=sys.stderr)
+            if self._peers.is_chief:
+                self._log.note(self._step(), text)
+            raise
+
+    def _go(self) -> Results:
         mode = self.config.mode
         if mode in TRAINING_MODES:
             self.train()
@@ -162,10 +157,12 @@ class Session:
             self.evaluate("test")
         elif mode == "eval":
             self.evaluate("validation", "test")
+        self._end_if_asked()
         if mode in ("all", "export") and self._peers.is_chief:
             self.export()
         if mode in ("all", "predict") and self._peers.is_chief:
             self.predict()
+        self._end_if_asked()
         if mode in TRAINING_MODES:
             self._print(self.guide())
         self._print(result_line(self.experiment.name, self._final()), flush=True)
@@ -202,18 +199,10 @@ class Session:
                     variable.assign(value)
         trainer = self.experiment.trainer
         trainer.jit_trial = jit_trial.trial_of(self.experiment, self.path)
-        try:
-            if evaluates and "validation" in self.experiment.evaluators:
-                controller.train_and_evaluate(total)
-            else:
-                controller.train(total)
-        except KeyboardInterrupt:
-            self._print(
-                f"Stopped at step {self._step()}; last checkpoint: "
-                f"{self.checkpoints.latest}\nGo on with: {self.command()}",
-                file=sys.stderr,
-            )
-            raise
+        if evaluates and "validation" in self.experiment.evaluators:
+            controller.train_and_evaluate(total)
+        else:
+            controller.train(total)
         self._stopped_early = self.stopping.stopped
         chief = self._peers.is_chief  # which has written all by now
         best = self._peers.of_chief(self.best.latest if chief else None)
@@ -225,7 +214,8 @@ class Session:
         """Evaluates each new checkpoint until training is complete."""
 
         def complete() -> bool:
-            return self._step() >= self.experiment.train_steps or self.stopping.stopped
+            asked, total = self._interrupt.requested, self.experiment.train_steps
+            return bool(asked) or self._step() >= total or self.stopping.stopped
 
         controller = self._controller("validation")
         controller.evaluate_continuously(timeout=_POLL_SECS, timeout_fn=complete)
@@ -251,6 +241,11 @@ class Session:
             controller.restore_checkpoint(path)
         return path
 
+    def _end_if_asked(self) -> None:
+        """Ends all processes here if one of them was asked to end."""
+        self._watchdog.enter(None)  # others may be at work
+        end_if(self._peers.any_of(self._interrupt.flags), self._step())
+
     def evaluate(self, *splits: str) -> None:
         """Evaluates those of the splits that have data."""
         if any(split in self.experiment.evaluators for split in splits):
@@ -258,6 +253,7 @@ class Session:
 
     def export(self) -> None:
         """Writes a SavedModel, reloads it, and says how far its predictions are off."""
+        self._watchdog.enter("export")
         path = self.experiment.export(self.config.output or self._file("export"))
         batch = next(predictions.batches(self.experiment))
         pairs = zip(
@@ -274,9 +270,14 @@ class Session:
     def predict(self) -> None:
         """Writes predictions for the input file, or the test data, as an .npz file."""
         path = self.config.output or self._file("predictions.npz")
-        count = predictions.write(self.experiment, path)
-        self._print(f"Predictions for {count} examples are in {path}")
-        self._said = {"predictions": count}
+        count = predictions.write(self.experiment, path, self._goes_on)
+        if count is not None:
+            self._print(f"Predictions for {count} examples are in {path}")
+            self._said = {"predictions": count}
+
+    def _goes_on(self) -> bool:
+        self._watchdog.enter("prediction")
+        return self._interrupt.requested is None
 
     def command(self, **settings: Any) -> str:
         """Returns what to type to use this run's folder with these settings."""
@@ -329,7 +330,10 @@ class Session:
             eval_summary_dir=summaries,
             reporters=self._reporters,
             after_restore=experiment.after_restore,
-            agree=self._peers.any_of,
+            agree=self._peers.any_of if self._peers.size > 1 else None,
+            interrupt=self._interrupt,
+            watchdog=self._watchdog,
+            evaluation_due=self._evaluation_due,
             **every,
         )
 

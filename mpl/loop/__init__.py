@@ -10,10 +10,12 @@ from mpl.loop.actions import ExportSavedModel, NewBestMetric
 from mpl.loop.controller import Controller, Reporter
 from mpl.loop.evaluator import Evaluator, EvaluatorOptions
 from mpl.loop.inner_loop import EndOfDataError
+from mpl.loop.interrupt import Interrupt
 from mpl.loop.trainer import Trainer, TrainerOptions
+from mpl.loop.watchdog import Watchdog
 
 __all__ = [
     "Conditional", "Controller", "EarlyStopping", "EndOfDataError", "Evaluator",
-    "EvaluatorOptions", "EverySecs", "EverySteps", "ExportSavedModel", "NewBestMetric",
-    "Reporter", "Trainer", "TrainerOptions",
+    "EvaluatorOptions", "EverySecs", "EverySteps", "ExportSavedModel", "Interrupt",
+    "NewBestMetric", "Reporter", "Trainer", "TrainerOptions", "Watchdog",
 ]

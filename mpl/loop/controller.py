@@ -1,5 +1,6 @@
 """The outer loop: what happens between blocks of steps, and when."""
 
+import contextlib
 import functools
 import math
 import time
@@ -12,10 +13,11 @@ import tensorflow as tf
 from mpl.errors import CheckpointError, ConfigError
 from mpl.loop.actions import Action, require_positive
 from mpl.loop.evaluator import Evaluator
-from mpl.loop.inner_loop import EndOfDataError
-from mpl.loop.interrupt import Interrupt
+from mpl.loop.inner_loop import EndOfDataError, counter
+from mpl.loop.interrupt import Interrupt, end_if
 from mpl.loop.summaries import Summaries
 from mpl.loop.trainer import Trainer
+from mpl.loop.watchdog import Watchdog
 
 
 class Reporter(Protocol):
@@ -55,8 +57,11 @@ class Controller:
     Multiples are of `global_step`, so a resumed run keeps the cadence. Nothing is
     restored by the constructor: call `restore_checkpoint`.
 
-    The first Ctrl-C (in the main thread) lets the block end, saves a checkpoint and
-    raises `KeyboardInterrupt`; the second raises it at once.
+    The first Ctrl-C or SIGTERM (in the main thread) ends training and evaluation after
+    the step under way; then a checkpoint is saved, and `KeyboardInterrupt` or
+    `Preempted` is raised. The second acts at once, see `Interrupt`. An evaluation that
+    it breaks off has no results; a resumed run makes it first, if the checkpoint holds
+    `evaluation_due`. With `agree` blocks and evaluations are not broken off.
 
     Args:
         global_step: int64 variable; `train_step` adds 1 to it, the controller reads it.
@@ -85,7 +90,11 @@ class Controller:
         reporters: Hear of values and results.
         after_restore: Called when a checkpoint was restored.
         agree: Called with booleans by which this process wants to stop; returns for
-            each whether any process that trains in step does.
+            each whether any process that trains in step does. None: it is alone.
+        interrupt: One that is entered already; None: training enters its own.
+        watchdog: Told what goes on; None: nobody is.
+        evaluation_due: int64 variable, 1 where an evaluation was left out; None: a new
+            one.
         clock: Gives seconds.
 
     Attributes:
@@ -105,7 +114,9 @@ class Controller:
         summary_dir: str | None = None, eval_summary_dir: str | None = None,
         reporters: Sequence[Reporter] = (),
         after_restore: Callable[[], Any] = lambda: None,
-        agree: Callable[[Sequence[bool]], Sequence[bool]] = lambda flags: flags,
+        agree: Callable[[Sequence[bool]], Sequence[bool]] | None = None,
+        interrupt: Interrupt | None = None, watchdog: Watchdog | None = None,
+        evaluation_due: tf.Variable | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         require_positive(
@@ -125,8 +136,15 @@ class Controller:
         self.train_actions, self.eval_actions = train_actions or (), eval_actions or ()
         self.checkpoint_manager, self.reporters = checkpoint_manager, tuple(reporters)
         self._summaries = Summaries(global_step, summary_dir, eval_summary_dir)
-        self._after_restore, self._agree, self._clock = after_restore, agree, clock
-        self.stop_training, self._interrupt = False, Interrupt()
+        self._after_restore, self._clock = after_restore, clock
+        self._agree = agree or (lambda flags: flags)
+        runners = [each for each in (trainer, *_named(evaluator).values()) if each]
+        self._interrupt = interrupt or Interrupt(
+            [] if agree else [each.loop for each in runners])
+        self._context: Any = contextlib.nullcontext() if interrupt else self._interrupt
+        self._watchdog = watchdog or Watchdog(None)
+        self.evaluation_due = counter() if evaluation_due is None else evaluation_due
+        self.stop_training = False
         self._saved_at: int | None = None
         self._saved_time = clock()
 
@@ -165,15 +183,17 @@ class Controller:
 
         Returns:
             Results by name, numbers and NumPy arrays ("a/b" for nested ones); with
-            evaluators by name a dict of them by that name.
+            evaluators by name a dict of them by that name; {} if it was broken off.
         """
-        evaluators, results = self._need("evaluator"), {}
-        if not (named := isinstance(evaluators, Mapping)):
-            evaluators = {"validation": evaluators}
-        for split, evaluator in evaluators.items():
+        named, results = isinstance(self._need("evaluator"), Mapping), {}
+        for split, evaluator in _named(self.evaluator).items():
             step, start = int(self.global_step.numpy()), self._clock()
+            self._watchdog.enter(f"evaluation of {split}", evaluator.loop)
             with self._summaries.to(split):
                 output = evaluator.evaluate(tf.constant(steps, tf.int64))
+            if self._interrupt.halted:
+                self.evaluation_due.assign(1)
+                return {}
             results[split] = _on_host(output)
             speed = evaluator.steps_done / max(self._clock() - start, 1e-9)
             values = {**results[split], "steps_per_sec": speed}
@@ -206,10 +226,12 @@ class Controller:
         for path in tf.train.checkpoints_iterator(directory, 0, timeout, timeout_fn):
             self.restore_checkpoint(path)
             output = self.evaluate(steps)
-        if output is None:
+            if self._interrupt.requested:
+                break
+        if output is None and not self._interrupt.requested:
             cause = f"No checkpoint appeared in `{directory}` in {timeout} seconds."
             raise CheckpointError(cause, "Look whether training writes there, or wait.")
-        return output
+        return output or {}
 
     def restore_checkpoint(self, path: str | None = None) -> str | None:
         """Restores a checkpoint; training goes on with the data that follow it.
@@ -225,6 +247,7 @@ class Controller:
                 of TensorFlow's: its AssertionError.)
         """
         manager = self._need("checkpoint_manager")
+        self._watchdog.enter("restoring")
         with (self.strategy or tf.distribute.get_strategy()).scope():
             if not isinstance(manager, tf.train.CheckpointManager):
                 path = manager.restore(path)
@@ -242,6 +265,7 @@ class Controller:
         """Saves a checkpoint, whatever the intervals; returns its path."""
         manager, step = self._need("checkpoint_manager"), int(self.global_step.numpy())
         is_tf = isinstance(manager, tf.train.CheckpointManager)
+        self._watchdog.enter("saving")
         path = manager.save(step, **({"check_interval": False} if is_tf else {}))
         self._saved_at, self._saved_time = step, self._clock()
         return path or manager.latest_checkpoint  # TensorFlow's, saved before
@@ -253,30 +277,39 @@ class Controller:
         self._need("trainer")
         step = first = int(self.global_step.numpy())
         output, results = dict[str, Any](), dict[str, Any]()
-        evaluated_at, self.stop_training, interrupted = None, False, False
+        evaluated_at, self.stop_training, signals = None, False, [False, False]
         self._steps, self._secs = 0, 0.0  # in blocks since the last log
         self._saved_time = self._clock()
 
         def look() -> None:  # who wants to stop, here or in another process
-            nonlocal interrupted
+            nonlocal signals
             for action in (*self.train_actions, *self.eval_actions):
                 self.stop_training |= getattr(action, "stopped", False)
-            self.stop_training, interrupted = self._agree(
-                [self.stop_training, self._interrupt.requested])
+            self.stop_training, *signals = self._agree(
+                [self.stop_training, *self._interrupt.flags])
 
         def goes_on() -> bool:
             look()
             ended = step > first and self.trainer.data_ended
-            stops = ended or self.stop_training or interrupted
+            stops = ended or self.stop_training or any(signals)
             return not stops and (steps < 0 or step < steps)
 
         def due(interval: int | None) -> bool:
             return bool(interval and step % interval == 0)
 
+        def evaluate_now() -> None:
+            nonlocal results, evaluated_at
+            self.evaluation_due.assign(int(any(signals)))
+            new = {} if any(signals) else evaluate()
+            if not self.evaluation_due.numpy():
+                results, evaluated_at = new, step
+
         for reporter in self.reporters:
             reporter.start(step, None if steps < 0 else steps)
         try:
-            with self._interrupt:
+            with self._context:
+                if self.evaluation_due.numpy() and goes_on():
+                    evaluate_now()
                 while goes_on():
                     try:
                         output = self._block(step, steps, eval_every)
@@ -290,25 +323,25 @@ class Controller:
                         action(output)
                     logs = not goes_on() or due(self._log_every)
                     self._report(step, output, logs, due(self._summary_every))
-                    if due(eval_every) and not interrupted:
-                        results, evaluated_at = evaluate(), step
+                    if due(eval_every):
+                        evaluate_now()
                     passed = self._clock() - self._saved_time
                     if due(self._save_every) or passed >= self._save_secs:
                         self._save_once(step)
                 self._report(step, output, logs=True)
                 too_short = step < steps and not self.stop_training
-                cut = too_short or interrupted
+                cut = too_short or any(signals)
                 if evaluated_at != step and not cut:
-                    results = evaluate()
+                    evaluate_now()
                 if saves or cut:
                     self._save_once(step)
+                self._watchdog.enter("saving")
                 self._background("wait")
                 look()
         finally:
             for reporter in self.reporters:
                 reporter.finish(step)
-        if interrupted:
-            raise KeyboardInterrupt(f"Interrupted after step {step}.")
+        end_if(signals, step)
         if cut:
             cause = f"The training data ended after step {step} of {steps}."
             raise EndOfDataError(cause, "Repeat them, or train for -1 steps.")
@@ -320,6 +353,7 @@ class Controller:
         every += [n for n in (self._save_every, eval_every) if n]
         length = min([n - step % n for n in every] + [steps - step] * (steps >= 0))
         start = self._clock()
+        self._watchdog.enter("training", self.trainer.loop)
         with self._summaries.to("train", self._summary_every):
             output = self.trainer.train(tf.constant(length, tf.int64))
         # Waits for the devices: the time is training's.
@@ -330,7 +364,7 @@ class Controller:
             if error := self.trainer.nonfinite_error():
                 raise error
             self.stop_training = True
-        elif now != step + done or not done:
+        elif now != step + done or not (done or self._interrupt.halted):
             cause = f"`global_step` went from {step} to {now} in {done} steps."
             remedy = "Add 1 to it in each `train_step`, and make at least one step."
             raise ConfigError(cause, remedy)
@@ -362,6 +396,10 @@ class Controller:
             cause = f"`{argument}` is None, and this method needs it."
             raise ConfigError(cause, f"Give `{argument}` to the Controller.")
         return getattr(self, argument)
+
+
+def _named(evaluator: Any) -> Mapping[str, Any]:
+    return evaluator if isinstance(evaluator, Mapping) else {"validation": evaluator}
 
 
 def _on_host(values: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:

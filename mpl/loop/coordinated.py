@@ -52,6 +52,7 @@ class CoordinatedLoop:
         self.dataset: Any = None
         self.iterators: Any = None
         self.done, self.data_ended = counter(), False
+        self.halt = tf.Variable(False, trainable=False)  # not heeded within a block
 
     def run(
         self, num_steps: Any, make_dataset: Callable[[], Any], positions: Any = None,
@@ -75,6 +76,10 @@ class CoordinatedLoop:
         self._global_step.assign_add(num_steps)
         if positions is not None:
             positions.assign_add(num_steps * self._batches_a_step)
+
+    def progress(self) -> tuple[str, int]:
+        """Returns what changes from block to block, see `InnerLoop.progress`."""
+        return "", 0
 
     def _deal(self, dataset: tf.data.Dataset) -> Any:
         """Returns an iterator on each worker; what they read is sent to them once."""

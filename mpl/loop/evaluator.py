@@ -44,6 +44,9 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
             where `make_eval_dataset` is overridden.
         options: How the loop runs.
         name: Of the module.
+
+    Attributes:
+        loop: The `InnerLoop` that runs the steps.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
         self._begins_anew = options.recreate_iterator_for_each_eval
         reduces = type(self).eval_reduce is not Evaluator.eval_reduce
         reduce = self.eval_reduce if reduces else None
-        self._loop = InnerLoop(self.eval_step, options, eval_dataset, reduce=reduce)
+        self.loop = InnerLoop(self.eval_step, options, eval_dataset, reduce=reduce)
 
     @abc.abstractmethod
     def eval_step(self, iterator: Any) -> Any:
@@ -81,32 +84,34 @@ class Evaluator(tf.Module, metaclass=abc.ABCMeta):
 
     def make_eval_dataset(self) -> Any:
         """Returns the data of an evaluation."""
-        return self._loop.dataset
+        return self.loop.dataset
 
     def evaluate(self, num_steps: tf.Tensor | int = -1) -> dict[str, Any] | None:
-        """Evaluates `num_steps` steps; -1: all of the data.
+        """Evaluates `num_steps` steps; -1: all of the data. None if it was halted.
 
         Raises:
             EndOfDataError: There was not one batch.
         """
-        loop, loop.state = self._loop, self.eval_begin()
+        loop, loop.state = self.loop, self.eval_begin()
         if self._begins_anew or loop.data_ended:
             loop.iterators = None
         loop.run(num_steps, self.make_eval_dataset)
         if loop.data_ended and num_steps >= 0:
             logging.warning("The data gave %d of %d steps.", self.steps_done, num_steps)
+        if loop.halt.numpy():
+            return None
         return self.eval_end() if loop.state is None else self.eval_end(loop.state)
 
     @property
     def steps_done(self) -> int:
         """How many steps the last `evaluate` made."""
-        return int(self._loop.done.numpy())
+        return int(self.loop.done.numpy())
 
     @property
     def eval_dataset(self) -> Any:
         """The data; new ones begin at their first batch."""
-        return self._loop.dataset
+        return self.loop.dataset
 
     @eval_dataset.setter
     def eval_dataset(self, eval_dataset: Any) -> None:
-        self._loop.dataset, self._loop.iterators = eval_dataset, None
+        self.loop.dataset, self.loop.iterators = eval_dataset, None

@@ -72,7 +72,7 @@ class InnerLoop:
     """Calls a step many times: in a `tf.while`, from Python, or eagerly.
 
         done = 0
-        while (num_steps < 0 or done < num_steps) and not should_stop():
+        while (num_steps < 0 or done < num_steps) and not (halt or should_stop()):
             step(iterators)          # the end of the data ends the loop
             done += 1
 
@@ -96,6 +96,7 @@ class InnerLoop:
         waits: Whether the loop may wait for a batch where it stands, see `_taker`.
         one_graph: Whether a traced step is part of the loop's own graph, see above.
         done: int64 variable, how many steps the last `run` finished.
+        halt: boolean variable; true, set by any thread, ends `run` before a step.
         data_ended: Whether the last `run` ended because the data did.
         state: Of `reduce`.
     """
@@ -113,9 +114,12 @@ class InnerLoop:
             self._block = self._traced = tf.function(self._run, autograph=False)
         elif options.use_tf_function:
             self._one_step = self._traced
-        self._traces, self._data = 0, ""  # of the last run
+        self._traces, self._data, self._variant = 0, "", ""  # of the last run
+        self._positions: Any = ()
         self._variants = set[str]()  # that have run
         self.dataset, self.done, self.data_ended = dataset, counter(), False
+        with tf.device("CPU"):
+            self.halt = tf.Variable(False, trainable=False)
         self.iterators: Any = None
         self.state: Any = None
         self.one_graph = False
@@ -143,6 +147,7 @@ class InnerLoop:
             positions = tf.nest.map_structure(lambda _: None, self.iterators)
         tf.nest.assert_same_structure(self.iterators, positions, check_types=False)
         self._positions, self.data_ended = positions, False
+        self._variant = variant
         self.done.assign(0)
         before = self._counted()
         try:
@@ -157,13 +162,18 @@ class InnerLoop:
             cause = f"{int(num_steps)} steps were asked for and the data gave no batch."
             raise EndOfDataError(cause, "Give data; repeat them to train for longer.")
 
+    def progress(self) -> tuple[str, int]:
+        """Returns the variant that runs, and what each step changes; in any thread."""
+        return self._variant, sum(self._counted(), int(self.done.numpy()))
+
     def _counted(self) -> list[int]:
         positions = tf.nest.flatten(self._positions) if self.one_graph else []
         return [int(position.numpy()) for position in positions]
 
     def _run(self, iterators: Any, limit: tf.Tensor, variant: str) -> None:
         def more(done: tf.Tensor) -> tf.Tensor:
-            return (done < limit) & tf.logical_not(converted(self._should_stop)())
+            stop = tf.logical_or(self.halt, converted(self._should_stop)())
+            return (done < limit) & tf.logical_not(stop)
 
         def run_one(done: tf.Tensor) -> tuple[tf.Tensor]:
             # Assigned before the step, to be right when the data end in it.

@@ -44,6 +44,7 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     Attributes:
         position: int64 variable, batches taken from the data since training began; a
             nest of variables for a nest of datasets. It belongs into checkpoints.
+        loop: The `InnerLoop` that runs the steps.
         variant: Name of a kind of step, for a `train_step` that knows several; each is
             traced once.
     """
@@ -57,7 +58,7 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
         super().__init__(name=name)
         self.position = tf.nest.map_structure(lambda _: counter(), train_dataset)
         options, should_stop = options or TrainerOptions(), self.should_stop
-        self._loop = InnerLoop(self.train_step, options, train_dataset, should_stop)
+        self.loop = InnerLoop(self.train_step, options, train_dataset, should_stop)
 
     @abc.abstractmethod
     def train_step(self, iterator: Any) -> None:
@@ -112,12 +113,12 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
         """
         self.train_loop_begin()
         make, variant = self.make_train_dataset, self.variant
-        self._loop.run(num_steps, make, self.position, variant)
+        self.loop.run(num_steps, make, self.position, variant)
         return self.train_loop_end()
 
     def reset_iterator(self, position: int | None = None) -> None:
         """Lets the next `train` begin at `position`, as it is now or as given."""
-        self._loop.iterators = None
+        self.loop.iterators = None
         if position is not None:
             for variable in tf.nest.flatten(self.position):
                 variable.assign(position)
@@ -125,19 +126,19 @@ class Trainer(tf.Module, metaclass=abc.ABCMeta):
     @property
     def steps_done(self) -> int:
         """How many steps the last `train` finished."""
-        return int(self._loop.done.numpy())
+        return int(self.loop.done.numpy())
 
     @property
     def data_ended(self) -> bool:
         """Whether the last `train` came to the end of the data."""
-        return self._loop.data_ended
+        return self.loop.data_ended
 
     @property
     def train_dataset(self) -> Any:
         """The data; new ones begin at position 0."""
-        return self._loop.dataset
+        return self.loop.dataset
 
     @train_dataset.setter
     def train_dataset(self, train_dataset: Any) -> None:
-        self._loop.dataset = train_dataset
+        self.loop.dataset = train_dataset
         self.reset_iterator(position=0)

@@ -286,11 +286,17 @@ def get_loss_scale(name: Any, policy: Policy | None = None) -> LossScale:
         "Use --loss_scale=1024, or another power of two.")
 
 
+def resolved(name: Any, policy: Policy | None) -> Any:
+    """Returns the name of a loss scale, with `dynamic` or `none` for `auto`."""
+    if name != "auto":
+        return name
+    names = [policy.name, *dict(policy.overrides).values()] if policy else []
+    float16 = [n for n in names if get_policy(n).compute_dtype == tf.float16]
+    return "dynamic" if float16 else "none"
+
+
 def _named(name: Any, policy: Policy | None) -> LossScale:
-    if name == "auto":
-        names = [policy.name, *dict(policy.overrides).values()] if policy else []
-        float16 = [n for n in names if get_policy(n).compute_dtype == tf.float16]
-        name = "dynamic" if float16 else "none"
+    name = resolved(name, policy)
     makers = {"none": NoLossScale, "dynamic": DynamicLossScale}
     try:
         return makers[name]() if name in makers else StaticLossScale(float(name))

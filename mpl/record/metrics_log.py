@@ -61,6 +61,10 @@ class MetricsWriter:
         self._keep(lambda key: key != (step, split) and key[0] < math.inf)
         self._write(step, split, values, values.get("steps_per_sec"))
 
+    def note(self, step: int, text: str) -> None:
+        """Writes what happened at a step, as the one value of the split "note"."""
+        self._append({"step": step, "split": "note", "note": text})
+
     def finish(self, step: int) -> None:
         """Does nothing: each line is on disk when its report returns."""
 
@@ -81,9 +85,12 @@ class MetricsWriter:
             "examples_per_sec": _number(speed and speed * self._global_batch_size),
         }
         first = {name: line[name] for name in ("step", "epoch", "split")}
+        self._append({**first, **line})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
         tf.io.gfile.makedirs(os.path.dirname(self.path) or ".")
         with tf.io.gfile.GFile(self.path, "a") as file:
-            file.write(json.dumps({**first, **line}, allow_nan=False) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _number(value: Any) -> Any:

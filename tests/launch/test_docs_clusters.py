@@ -64,7 +64,7 @@ def test_slurm_passes_the_shell_check(slurm, tmp_path):
     subprocess.run(["bash", "-n", str(tmp_path / "script")], check=True, timeout=20)
 
 
-@pytest.mark.parametrize("status, requeued", [(0, []), (1, []), (130, ["requeue 42"])])
+@pytest.mark.parametrize("status, requeued", [(0, []), (1, []), (42, ["requeue 42"])])
 def test_slurm_requeues_what_the_signal_stopped(slurm, status, requeued, tmp_path):
     for name in ("srun", "scontrol"):
         path = tmp_path / name

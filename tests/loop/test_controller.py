@@ -637,5 +637,5 @@ def test_a_real_trainer_is_traced_once_in_blocks_of_many_lengths():
     controller.train(60)
     trainer.reset_iterator()
     controller.train(90)
-    assert trainer._loop._traced.experimental_get_tracing_count() == 1
+    assert trainer.loop._traced.experimental_get_tracing_count() == 1
     assert float(trainer.total) == sum(range(90))
