@@ -19,6 +19,7 @@ from mpl.launch.config import parse_best_metric, parse_early_stop
 from mpl.launch.option import written
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import load_predictor
+from mpl.record.goodput import Goodput
 from mpl.record.metrics_log import MetricsWriter
 from mpl.record.progress import Progress
 
@@ -140,11 +141,13 @@ class Session:
         size, epoch = config.global_batch_size, experiment.batches_per_epoch
         shown = None if config.train_steps else epoch
         log = self._file("metrics.jsonl")
+        self._goodput = Goodput(self._file("goodput.json"))
         self._reporters: list[Any] = [self.last]
         if peers.is_chief:
             self._reporters += [
                 Progress(global_batch_size=size, batches_per_epoch=shown),
-                MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch),
+                MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch,
+                              goodput=self._goodput),
             ]
 
     def go(self) -> Results:
@@ -214,6 +217,8 @@ class Session:
             raise
         self._stopped_early = self.stopping.stopped
         chief = self._peers.is_chief  # which has written all by now
+        if chief:
+            self._print(self._goodput)
         best = self._peers.of_chief(self.best.latest if chief else None)
         if self.config.early_stop and best:
             self._restore(controller, best)
