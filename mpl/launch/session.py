@@ -217,8 +217,7 @@ class Session:
             raise
         self._stopped_early = self.stopping.stopped
         chief = self._peers.is_chief  # which has written all by now
-        if chief:
-            self._print(self._goodput)
+        self._print(self._goodput)
         best = self._peers.of_chief(self.best.latest if chief else None)
         if self.config.early_stop and best:
             self._restore(controller, best)
