@@ -129,7 +129,7 @@ def _lines(folder, *files):
                                        ("inf", "lie in 0 ")])
 def test_files_are_named(tmp_path, bad, rule):
     source = _lines(tmp_path, range(5), [3, 4, bad, 5])
-    pipeline = _pipeline(source, y=(0, 9))
+    pipeline = _pipeline(source, 8, y=(0, 9))
     other = _pipeline({"y": np.zeros(3)})
     message = (f"^File {tmp_path}/part-1 cannot be read after 2 examples: Split train: "
                f"`y` is {bad}, and must {rule}")
