@@ -116,19 +116,18 @@ def _without_damage(path: str, bad: _Bad) -> tuple[str, list[int]]:
         The path of the copy, and the numbers of the records that it lacks; the path of
         the file, where there is nothing to leave out or no saying how much.
     """
-    with tf.io.gfile.GFile(path, "rb") as file:
-        content = file.read()
-    copy, removed = f"ram://{uuid.uuid4().hex}/{path.lstrip('/')}", list[int]()
+    copy, removed = path, list[int]()
     while True:
-        with tf.io.gfile.GFile(copy, "wb") as file:
-            file.write(content)
         start = number = 0
         try:
             for record in tf.data.TFRecordDataset(copy):
                 start, number = start + _FRAME + len(record.numpy()), number + 1
-            return (copy if removed else path), removed
+            return copy, removed
         except tf.errors.DataLossError as error:
-            tf.io.gfile.remove(copy)
+            with tf.io.gfile.GFile(copy, "rb") as file:
+                content = file.read()
+            if removed:
+                tf.io.gfile.remove(copy)
             length = int.from_bytes(content[start:start + 8], "little")
             end = start + _FRAME + length
             if end > len(content) and "truncated" not in error.message:
@@ -136,4 +135,6 @@ def _without_damage(path: str, bad: _Bad) -> tuple[str, list[int]]:
             number += len(removed)
             bad.add(path, number, error)
             removed.append(number)
-            content = content[:start] + content[end:]
+            copy = f"ram://{uuid.uuid4().hex}/{path.lstrip('/')}"
+            with tf.io.gfile.GFile(copy, "wb") as file:
+                file.write(content[:start] + content[end:])

@@ -42,7 +42,7 @@ def test_arrays_and_files(page, tmp_path, capsys):
     for damaged in range(3):
         path = data / f"train-{damaged}.tfrecord"
         content = bytearray(path.read_bytes())
-        content[2000 * damaged + 20] ^= 1
+        content[len(content) // 50 * 10 * damaged + 20] ^= 1  # of 50 records
         path.write_bytes(content)
     with pytest.raises(mpl.ConfigError, match="^Split train: File .*train-0.* after 0 "):
         _run(page["FromFiles"], tmp_path / "files", **settings)
