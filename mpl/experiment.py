@@ -271,9 +271,9 @@ class Experiment:
                 f"{type(self).__name__}.build_data returned nothing for 'train'.",
                 "Return a dict of arrays or a tf.data.Dataset for that split.",
             )
-        limits = [getattr(pipeline.source, "max_bad_records", 0)
-                  for pipeline in self.pipelines.values()]
-        if config.max_bad_records and not any(limits):
+        sources = [pipeline.source for pipeline in self.pipelines.values()]
+        if config.max_bad_records and not any(
+                getattr(source, "max_bad_records", 0) for source in sources):
             raise errors.ConfigError(
                 f"`max_bad_records` ({config.max_bad_records}) has no effect: no split "
                 "is a FileSource that takes it.",

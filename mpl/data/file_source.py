@@ -54,12 +54,9 @@ class FileSource(Source):
 
     def __init__(
         self,
-        files: str | os.PathLike | Sequence[str | os.PathLike],
-        read: Callable[[tf.Tensor], tf.data.Dataset],
-        *,
+        files: str | os.PathLike | Sequence[str | os.PathLike], read: reading.Read, *,
         examples_per_file: Sequence[int] | Mapping[str, int] | None = None,
-        shuffle_buffer: int = 0,
-        max_bad_records: int = 0,
+        shuffle_buffer: int = 0, max_bad_records: int = 0,
     ):
         self._read, self._shuffle_buffer = read, shuffle_buffer
         self.max_bad_records, self._has_bad = max_bad_records, list[str]()
@@ -77,9 +74,8 @@ class FileSource(Source):
         }
         if examples_per_file is None or max_bad_records:
             counted = reading.count(self.files, read, max_bad_records)
-            self.files = [file.path for file in counted]
-            self._has_bad = [file.path for file in counted if file.has_bad]
-            counts = [file.count for file in counted]
+            self.files, counts = ([file[i] for file in counted] for i in (0, 1))
+            self._has_bad = [path for path, _, has_bad in counted if has_bad]
         elif isinstance(examples_per_file, Mapping):
             counts = [examples_per_file.get(path, -1) for path in self.files]
         else:

@@ -75,15 +75,8 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        global_batch_size: int,
-        seed: int = 0,
-        shuffle: bool,
-        repeat: bool,
-        split: str = "train",
-        ranges: Ranges = {},
+        self, source: Source, *, global_batch_size: int, seed: int = 0, shuffle: bool,
+        repeat: bool, split: str = "train", ranges: Ranges = {},
     ):
         if global_batch_size < 1:
             raise ConfigError(

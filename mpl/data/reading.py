@@ -4,7 +4,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import tensorflow as tf
 from absl import logging
@@ -12,26 +11,13 @@ from absl import logging
 from mpl.errors import ConfigError
 
 Read = Callable[[tf.Tensor], tf.data.Dataset]
+Counted = tuple[str, int, bool]
 _NOISE = r"\{\{.*?\}\} | \[Op:.*|assertion failed: \[|\.?\](?=$| \[Op)"
 _FRAME = 8 + 4 + 4  # of a record: its length, the length's checksum, the data's
 
 
-class Counted(NamedTuple):
-    """A file that was read.
-
-    Attributes:
-        path: of the file, or of the copy of it without damaged records.
-        count: how many good examples it holds.
-        has_bad: whether there are others, whose errors are to be ignored.
-    """
-
-    path: str
-    count: int
-    has_bad: bool = False
-
-
 def count(files: Sequence[str], read: Read, max_bad: int = 0) -> list[Counted]:
-    """Reads files to their ends; says how many good examples each of them holds.
+    """Reads files to their ends, and counts what is good in them.
 
     Where TensorFlow cannot read a record it does not name the file: this does.
 
@@ -39,6 +25,10 @@ def count(files: Sequence[str], read: Read, max_bad: int = 0) -> list[Counted]:
         files: paths.
         read: makes a dataset of examples of a path.
         max_bad: as many bad records are left out, each with a warning.
+
+    Returns:
+        For each file its path, or that of a copy of it without damaged records; the
+        number of good examples; whether errors of other ones are to be ignored.
 
     Raises:
         ConfigError: one bad record more, by its file and its number.
@@ -56,12 +46,12 @@ def count(files: Sequence[str], read: Read, max_bad: int = 0) -> list[Counted]:
         paths = tf.data.Dataset.from_tensor_slices(files[len(counted):])
         try:
             for number in paths.map(count_one, tf.data.AUTOTUNE):
-                counted.append(Counted(files[len(counted)], int(number)))
+                counted.append((files[len(counted)], int(number), False))
         except tf.errors.OpError:
             counted.append(_count_good(files[len(counted)], read, bad))
     logging.info(
         "Counted %d examples in %d files in %.1f s, which `examples_per_file` would "
-        "spare; %d bad records are left out.", sum(file.count for file in counted),
+        "spare; %d bad records are left out.", sum(good for _, good, _ in counted),
         len(files), time.monotonic() - start, bad.found)
     return counted
 
@@ -95,7 +85,7 @@ def _count_good(path: str, read: Read, bad: _Bad) -> Counted:
             next(examples)
             good += 1
         except StopIteration:
-            return Counted(copy, good, failed > 0)
+            return copy, good, failed > 0
         except tf.errors.OpError as error:
             number = good + failed
             for record in removed:

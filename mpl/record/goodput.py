@@ -23,7 +23,7 @@ class Goodput:
     two processes only, and never makes it negative.
 
     Args:
-        path: the file.
+        path: the file, in a folder that exists.
         clock: gives seconds since 1970.
         timer: gives seconds that never run backwards.
     """
@@ -70,7 +70,7 @@ class Goodput:
         return {"goodput": self.value, **{name: state[name] for name in names}}
 
     def finish(self, step: int) -> None:
-        """Training ended at `step`; where it was to go on, the next start is a restart."""
+        """Training ended at `step`; if that is too early, what follows is a restart."""
         self._state["ended"] = self._total_steps is not None and (
             step >= self._total_steps)
         self._write()
@@ -89,12 +89,12 @@ class Goodput:
         return self.productive_secs / max(self._state["wall_secs"], 1e-9)
 
     def __str__(self) -> str:
-        state = self._state
-        ends = ["s" * (state[name] != 1) for name in ("restarts", "lost_steps")]
+        wall, restarts, lost = (
+            self._state[name] for name in ("wall_secs", "restarts", "lost_steps"))
         return (
             f"Goodput {self.value:.2f}: {self.productive_secs:,.0f} s productive of "
-            f"{state['wall_secs']:,.0f} s, {state['restarts']:,} restart{ends[0]}, "
-            f"{state['lost_steps']:,} step{ends[1]} lost")
+            f"{wall:,.0f} s, {restarts:,} restart{'s' * (restarts != 1)}, "
+            f"{lost:,} step{'s' * (lost != 1)} lost")
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -107,7 +107,6 @@ class Goodput:
         mark = self._timer()
         self._state["wall_secs"] += mark - self._mark
         self._state["time"], self._mark = self._clock(), mark
-        tf.io.gfile.makedirs(os.path.dirname(self._path) or ".")
         with tf.io.gfile.GFile(f"{self._path}.tmp", "w") as file:
             file.write(json.dumps(self._state))
         tf.io.gfile.rename(f"{self._path}.tmp", self._path, overwrite=True)

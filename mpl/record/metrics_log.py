@@ -24,16 +24,12 @@ class MetricsWriter:
         path: The file, made with its directory by the first line.
         global_batch_size: Examples a step.
         batches_per_epoch: Steps an epoch; None where the data has no known end.
-        goodput: Adds `goodput`, `lost_steps`, `restarts` and `time` to training's lines.
+        goodput: Gives `goodput`, `lost_steps`, `restarts` and `time` of train lines.
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        global_batch_size: int,
-        batches_per_epoch: int | None = None,
-        goodput: Goodput | None = None,
+        self, path: str | os.PathLike[str], *, global_batch_size: int,
+        batches_per_epoch: int | None = None, goodput: Goodput | None = None,
     ):
         self.path = os.fspath(path)
         self._global_batch_size = global_batch_size
@@ -76,10 +72,7 @@ class MetricsWriter:
             self._goodput.finish(step)
 
     def _write(
-        self,
-        step: int,
-        split: str,
-        values: Mapping[str, Any],
+        self, step: int, split: str, values: Mapping[str, Any],
         steps_per_sec: float | None,
     ) -> None:
         per_epoch, speed = self._batches_per_epoch, steps_per_sec

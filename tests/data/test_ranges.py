@@ -44,7 +44,8 @@ def test_a_value_out_of_range_is_named(dtype):
 def test_what_is_not_finite_is_named(dtype):
     values = np.zeros([3, 2, 2], dtype.as_numpy_dtype)
     values[1, 1, 0] = INF
-    assert _fault({"x": values}, first=4) == "`x` is inf in example 5, and must be finite."
+    assert _fault({"x": values}, first=4) == (
+        "`x` is inf in example 5, and must be finite.")
     values[0, 1, 1] = NAN
     assert _fault({"x": values}) == "`x` is nan, and must be finite."
     assert _fault({"x": values}, x=(-1, 1)) == "`x` is nan, and must lie in -1 ... 1."
@@ -125,14 +126,13 @@ def _lines(folder, *files):
             lambda line: {"y": tf.strings.to_number(line)}))
 
 
-@pytest.mark.parametrize("bad, rule", [("12", "lie in 0 ... 9"), ("nan", "lie in 0 ..."),
-                                       ("inf", "lie in 0 ")])
-def test_files_are_named(tmp_path, bad, rule):
+@pytest.mark.parametrize("bad", ["12", "nan", "inf"])
+def test_files_are_named(tmp_path, bad):
     source = _lines(tmp_path, range(5), [3, 4, bad, 5])
     pipeline = _pipeline(source, 8, y=(0, 9))
     other = _pipeline({"y": np.zeros(3)})
     message = (f"^File {tmp_path}/part-1 cannot be read after 2 examples: Split train: "
-               f"`y` is {bad}, and must {rule}")
+               f"`y` is {bad}, and must lie in 0 ... 9")
     for read in (fingerprint, lambda pipeline: list(pipeline.dataset())):
         with pytest.raises(ConfigError, match=message) as error:
             with naming_damage([other, pipeline]):

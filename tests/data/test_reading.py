@@ -179,7 +179,7 @@ def test_lines_that_cannot_be_parsed_are_left_out(tmp_path, warned):
     source = FileSource(
         tmp_path / "part", read, max_bad_records=2, examples_per_file=[9])
     assert (_numbers(source), source.examples_per_file) == ([0, 2, 3], [3])
-    assert ["after 1 examples" in warned[0], "after 4 examples" in warned[1]] == [True] * 2
+    assert "after 1 examples" in warned[0] and "after 4 examples" in warned[1]
 
 
 @pytest.mark.parametrize("file", [0, 1])

@@ -26,7 +26,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path):
-    return Machine(tmp_path / "run" / "goodput.json")
+    return Machine(tmp_path / "goodput.json")
 
 
 def figures(line):
@@ -150,7 +150,6 @@ def test_training_that_began_before_it_was_measured(machine):
 
 
 def test_a_file_that_says_nothing_is_begun_anew(machine):
-    machine.path.parent.mkdir()
     for text in ("", "{", "7"):
         machine.path.write_text(text)
         goodput = machine.process()
