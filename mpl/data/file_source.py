@@ -74,7 +74,8 @@ class FileSource(Source):
         }
         if examples_per_file is None or max_bad_records:
             counted = reading.count(self.files, read, max_bad_records)
-            self.files, counts = ([file[i] for file in counted] for i in (0, 1))
+            self.files = [path for path, *_ in counted]
+            counts = [good for _, good, _ in counted]
             self._has_bad = [path for path, _, has_bad in counted if has_bad]
         elif isinstance(examples_per_file, Mapping):
             counts = [examples_per_file.get(path, -1) for path in self.files]
