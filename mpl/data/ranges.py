@@ -67,6 +67,7 @@ def _require(
 
 def fault_in(error: tf.errors.OpError) -> ConfigError | None:
     """Returns what `checked` found, of an error that may be of something else."""
-    found = re.search(r"\[(Split .*, and must .*\.)\]", error.message)
-    return found and ConfigError(
-        found[1], "Repair the example or leave it out, or correct `ranges`.")
+    if found := re.search(r"\[(Split .*, and must .*\.)\]", error.message):
+        return ConfigError(
+            found[1], "Repair the example or leave it out, or correct `ranges`.")
+    return None
