@@ -37,6 +37,8 @@ class Experiment:
     Attributes:
       Config: the settings, a subclass of `RunConfig`; None: `RunConfig` itself.
       policy_overrides: from pattern of a layer's path to the name of its policy.
+      ranges: the lowest and the highest value allowed, by the name of a feature or
+        label: `{"label": (0, 9)}`. Floats must be finite anyway.
       accumulates: whether a `train_step` of its own heeds `config.accumulate_steps`.
       config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
       global_step: int64 variable, attempted steps.
@@ -47,6 +49,7 @@ class Experiment:
 
     Config: Any = None
     policy_overrides: Mapping[str, str] = {}
+    ranges: data_lib.Ranges = {}
     accumulates = False
     peers = distribute.Peers()
 
@@ -271,22 +274,35 @@ class Experiment:
             global_batch_size=config.global_batch_size,
             seed=config.seed,
             compute_dtype=self.policy.compute_dtype,
+            max_bad_records=config.max_bad_records,
         )
         self.pipelines: dict[str, data_lib.Pipeline] = {}
         for split in SPLITS:
-            examples = self.build_data(split, context)
-            if examples is not None:
-                training = split == "train"
-                self.pipelines[split] = data_lib.Pipeline(
-                    data_lib.as_source(examples),
-                    global_batch_size=config.global_batch_size,
-                    seed=config.seed, shuffle=training, repeat=training,
-                )
+            training = split == "train"
+            try:
+                examples = self.build_data(split, context)
+                if examples is not None:
+                    self.pipelines[split] = data_lib.Pipeline(
+                        data_lib.as_source(examples),
+                        global_batch_size=config.global_batch_size,
+                        seed=config.seed, shuffle=training, repeat=training,
+                        split=split, ranges=self.ranges)
+            except errors.ConfigError as error:
+                start = f"Split {split}: "
+                cause = start + error.cause.removeprefix(start)
+                raise errors.ConfigError(cause, error.remedy) from error
         if "train" not in self.pipelines:
             raise errors.ConfigError(
                 f"{type(self).__name__}.build_data returned nothing for 'train'.",
                 "Return arrays, a tf.data.Dataset or mpl.FileSource for that split.",
             )
+        sources = [pipeline.source for pipeline in self.pipelines.values()]
+        if config.max_bad_records and not any(
+                getattr(source, "max_bad_records", 0) for source in sources):
+            raise errors.ConfigError(
+                f"`max_bad_records` ({config.max_bad_records}) has no effect: no split "
+                "is a FileSource that takes it.",
+                "Write mpl.FileSource(..., max_bad_records=context.max_bad_records).")
         self.num_examples = {
             split: pipeline.num_examples for split, pipeline in self.pipelines.items()
         }

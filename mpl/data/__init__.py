@@ -5,6 +5,7 @@ Next: `mpl.precision` says in which dtypes they are computed with.
 
 from mpl.data.file_source import FileSource, naming_damage
 from mpl.data.pipeline import DataContext, Pipeline, fingerprint, weighted
+from mpl.data.ranges import Ranges
 from mpl.data.source import ArraySource, DatasetSource, Source, as_source
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DatasetSource",
     "FileSource",
     "Pipeline",
+    "Ranges",
     "Source",
     "as_source",
     "fingerprint",

@@ -2,15 +2,15 @@
 
 import contextlib
 import os
-import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 from absl import logging
 
-from mpl.data.source import EMPTY, Source, check_elements
+from mpl.data import reading
+from mpl.data.ranges import fault_in
+from mpl.data.source import EMPTY, Batch, Source, check_elements
 from mpl.errors import ConfigError
 
 _MAX_STREAMS = 64
@@ -36,6 +36,9 @@ class FileSource(Source):
         examples_per_file: how many examples the files hold, in the order of `files`
             (a pattern's are sorted) or by path; another number is an error when it is
             read. None: every file is read once to count them, and so checked.
+        max_bad_records: so many damaged records are left out, each with a warning; one
+            more is an error. Above 0 every file is read once, in memory where one is
+            damaged, and `examples_per_file` has no effect.
         shuffle_buffer: from how many examples a stream draws the next one where the
             pipeline shuffles; 0: files come in another order, their examples do not.
 
@@ -51,13 +54,12 @@ class FileSource(Source):
 
     def __init__(
         self,
-        files: str | os.PathLike | Sequence[str | os.PathLike],
-        read: Callable[[tf.Tensor], tf.data.Dataset],
-        *,
+        files: str | os.PathLike | Sequence[str | os.PathLike], read: reading.Read, *,
         examples_per_file: Sequence[int] | Mapping[str, int] | None = None,
-        shuffle_buffer: int = 0,
+        shuffle_buffer: int = 0, max_bad_records: int = 0,
     ):
         self._read, self._shuffle_buffer = read, shuffle_buffer
+        self.max_bad_records, self._has_bad = max_bad_records, list[str]()
         self.files = _find(files)
         first = read(tf.constant(self.files[0]))
         if not isinstance(first, tf.data.Dataset):
@@ -70,8 +72,11 @@ class FileSource(Source):
             name: tf.zeros([size or 0 for size in spec.shape or ()], spec.dtype)
             for name, spec in first.element_spec.items()
         }
-        if examples_per_file is None:
-            counts = self.count_examples()
+        if examples_per_file is None or max_bad_records:
+            counted = reading.count(self.files, read, max_bad_records)
+            self.files = [path for path, *_ in counted]
+            counts = [good for _, good, _ in counted]
+            self._has_bad = [path for path, _, has_bad in counted if has_bad]
         elif isinstance(examples_per_file, Mapping):
             counts = [examples_per_file.get(path, -1) for path in self.files]
         else:
@@ -91,34 +96,17 @@ class FileSource(Source):
             self._paths = tf.constant(self.files)
             self._counts = tf.constant(self.examples_per_file, tf.int64)
 
-    def count_examples(self) -> list[int]:
-        """Reads every file once; returns how many examples each of `files` holds.
+    def find_fault(self, check: Callable[[Batch], Batch]) -> None:
+        """Reads all files again, unless bad records of theirs are left out.
 
-        Where TensorFlow cannot read a record it does not name the file: this finds it.
+        Args:
+            check: called with the examples, in batches.
 
         Raises:
-            ConfigError: a file that cannot be read, with the number of the example.
+            ConfigError: a file cannot be read, with the number of the example.
         """
-        start, counts = time.monotonic(), list[int]()
-
-        def count(path: tf.Tensor) -> tf.Tensor:
-            # By the thousand: a call for each example takes longer than to read it.
-            numbers = self._read(path).enumerate().map(lambda number, _: number)
-            zero = tf.constant(0, tf.int64)
-            return numbers.batch(1024).reduce(
-                zero, lambda total, part: total + tf.size(part, tf.int64))
-
-        paths = tf.data.Dataset.from_tensor_slices(self.files)
-        try:
-            for number in paths.map(count, tf.data.AUTOTUNE):
-                counts.append(int(number))
-        except tf.errors.OpError:
-            self._find_fault(self.files[len(counts)])
-            raise
-        logging.info(
-            "Counted %d examples in %d files in %.1f s, which `examples_per_file` "
-            "would spare.", sum(counts), len(counts), time.monotonic() - start)
-        return counts
+        files = [path for path in self.files if path not in self._has_bad]
+        reading.count(files, lambda path: self._read(path).batch(1).map(check))
 
     def num_streams(self, global_batch_size: int) -> int:
         """How many streams read at once, whatever the number of workers."""
@@ -171,7 +159,7 @@ class FileSource(Source):
             examples = examples.shuffle(
                 self._shuffle_buffer, seed, reshuffle_each_iteration=False)
             examples = examples.skip(skip)
-        filling = self._read(paths[file_of(begin)]).take(1).cache().repeat()
+        filling = self._good(paths[file_of(begin)]).take(1).cache().repeat()
         no = tf.data.Dataset.from_tensors(False).repeat()
         filling = tf.data.Dataset.zip((no, tf.data.Dataset.zip((filling, no))))
         return examples.concatenate(filling.take(length - (end - begin)))
@@ -197,42 +185,45 @@ class FileSource(Source):
         zipped = tf.data.Dataset.zip
         blank, no = map(tf.data.Dataset.from_tensors, (self._blank, False))
         yes = tf.data.Dataset.from_tensors(True).repeat(count)
-        examples = zipped((self._read(path), yes.concatenate(failing("more"))))
+        examples = zipped((self._good(path), yes.concatenate(failing("more"))))
         examples = examples.concatenate(zipped((blank, no)))  # read, and left out
         examples = examples.concatenate(zipped((blank, failing("fewer"))))
         examples = zipped((yes.concatenate(no), examples))
         return examples.take_while(lambda goes_on, _: goes_on)
 
-    def _find_fault(self, path: str) -> None:
-        number = 0
-        try:
-            for number, _ in enumerate(self._read(tf.constant(path)), 1):
-                pass
-        except tf.errors.OpError as error:
-            line = error.message.partition("\n")[0]  # with names of nodes
-            reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", line)
-            cause = f"File {path} cannot be read after {number} examples: {reason}."
-            raise ConfigError(cause, "Repair it or leave it out.") from error
+    def _good(self, path: tf.Tensor) -> tf.data.Dataset:
+        """A file's examples without the bad ones that were found in it."""
+        examples = self._read(path)
+        if not self._has_bad:
+            return examples
+        has_bad = tf.reduce_any(path == tf.constant(self._has_bad))
+        number = tf.where(has_bad, tf.constant(-1, tf.int64), 0)
+        without = examples.ignore_errors().take(number)
+        return examples.take(-1 - number).concatenate(without)
 
 
 @contextlib.contextmanager
-def naming_damage(sources: Iterable[Source]) -> Iterator[None]:
-    """Makes the error of a damaged record one that names its file.
+def naming_damage(pipelines: Iterable[Any]) -> Iterator[None]:
+    """Makes the error of a damaged or faulty example one that says where it is.
 
-    TensorFlow's says where it lies in a file, but not in which. So all files of the
-    sources are read again, and only then.
+    TensorFlow's says in which place of a file, but not in which file. So all files of
+    the pipelines are read again, and only then.
 
     Raises:
-        ConfigError: a file cannot be read, with the number of the example.
+        ConfigError: a file cannot be read, with the number of the example; or a value
+            breaks a rule of `mpl.data.ranges`.
     """
     try:
         yield
-    except tf.errors.DataLossError:
-        logging.error("A record is damaged; all files are read to find it.")
-        for source in sources:
-            if isinstance(source, FileSource):
-                source.count_examples()
-        raise
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+        fault = fault_in(error)
+        if fault or isinstance(error, tf.errors.DataLossError) or (
+                "IteratorGetNext" in error.message):
+            for pipeline in pipelines:
+                if isinstance(pipeline.source, FileSource):
+                    logging.error("An example is bad; all files are read to find it.")
+                    pipeline.source.find_fault(pipeline.check)
+        raise fault or error
 
 
 def _find(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:

@@ -1,19 +1,22 @@
 """The order of the examples, and the batches made of them."""
 
 import dataclasses
+import functools
 import os
 import zlib
 
 import tensorflow as tf
 from absl import logging
 
-from mpl.data.file_source import FileSource
+from mpl.data.file_source import FileSource, naming_damage
+from mpl.data.ranges import Ranges, checked, fault_in
 from mpl.data.source import ArraySource, Batch, DatasetSource, Source
 from mpl.errors import ConfigError
 
 # Small batches are made many at a time: what it costs to start a few operations and
 # to wake a thread is more than the operations themselves take.
 _CHUNK_BYTES, _CHUNK_BATCHES = 2**20, 64
+_CHECKED_BYTES = 2**24  # at once
 _fold_in = tf.random.experimental.stateless_fold_in  # another seed for each number
 
 
@@ -26,12 +29,14 @@ class DataContext:
         global_batch_size: examples in a step, over all replicas.
         seed: the run's seed.
         compute_dtype: what the model computes in; None: the model's own dtypes.
+        max_bad_records: how many damaged records a `FileSource` may leave out.
     """
 
     data_dir: str | None
     global_batch_size: int
     seed: int
     compute_dtype: tf.DType | None
+    max_bad_records: int = 0
 
 
 class Pipeline:
@@ -57,19 +62,21 @@ class Pipeline:
         shuffle: another order each epoch (False: the source's own). A `DatasetSource`
             has its own order always, and says so in the log.
         repeat: epoch after epoch, for training; False: one epoch, for evaluation.
+        split: whose examples they are, for messages.
+        ranges: the lowest and the highest value allowed, by the name of a feature.
+            Arrays are checked at once; a dataset's and files' examples when they are
+            read, and their floating features must be finite.
+
+    Attributes:
+        check: returns the examples of a batch that breaks no rule of `mpl.data.ranges`.
 
     Raises:
-        ConfigError: a batch size below 1 or a seed out of range.
+        ConfigError: a batch size below 1, a seed out of range, or a value of `ranges`.
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        global_batch_size: int,
-        seed: int = 0,
-        shuffle: bool,
-        repeat: bool,
+        self, source: Source, *, global_batch_size: int, seed: int = 0, shuffle: bool,
+        repeat: bool, split: str = "train", ranges: Ranges = {},
     ):
         if global_batch_size < 1:
             raise ConfigError(
@@ -85,6 +92,9 @@ class Pipeline:
         self._seed = seed
         self._shuffle = shuffle
         self._repeat = repeat
+        self.check = functools.partial(checked, ranges=ranges, split=split)
+        if isinstance(source, ArraySource) and ranges:
+            self._check_arrays(source)
         self.num_examples = count = source.num_examples
         size = global_batch_size
         self.batches_per_epoch = None if count is None else -(-count // size)
@@ -94,6 +104,15 @@ class Pipeline:
                 "own order in each epoch. Shuffle them there, with a fixed seed, or "
                 "give arrays."
             )
+
+    def _check_arrays(self, source: ArraySource) -> None:
+        number = _CHECKED_BYTES // (source.example_bytes + 1) + 1
+        try:
+            for first in range(0, source.num_examples, number):
+                index = tf.range(first, min(first + number, source.num_examples))
+                self.check(source.gather(index), first=tf.cast(first, tf.int64))
+        except tf.errors.InvalidArgumentError as error:
+            raise fault_in(error) or error
 
     @property
     def has_own_threads(self) -> bool:
@@ -242,17 +261,19 @@ class Pipeline:
         records = tf.data.Dataset.range(shard * own, (shard + 1) * own).interleave(
             stream, own, rows, num_parallel_calls=tf.data.AUTOTUNE)
         batches = records.batch(own * rows, drop_remainder=True)
-        batches = batches.map(lambda _, record: weighted(*record))
+        batches = batches.map(
+            lambda _, record: weighted(self.check(record[0]), record[1]))
         return batches.prefetch(tf.data.AUTOTUNE)
 
     def _in_order(self, examples: tf.data.Dataset, position: int) -> tf.data.Dataset:
-        def fill_up(examples: Batch) -> Batch:
+        def fill_up(number: tf.Tensor, examples: Batch) -> Batch:
+            examples = self.check(examples, first=number * self._batch_size)
             count = tf.shape(next(iter(examples.values())))[0]
             index = tf.range(self._batch_size)
             filled = {n: tf.gather(t, index % count) for n, t in examples.items()}
             return weighted(filled, index < count)
 
-        batches = examples.batch(self._batch_size)
+        batches = examples.batch(self._batch_size).enumerate()
         batches = batches.map(fill_up, num_parallel_calls=tf.data.AUTOTUNE)
         if self._repeat:
             if self.batches_per_epoch is not None:
@@ -268,7 +289,9 @@ def fingerprint(pipeline: Pipeline) -> dict[str, str]:
     another order at each reading, as of a shuffle without a seed, differ here.
     """
     dataset, source, crc = pipeline.dataset(), pipeline.source, 0
-    for _, tensor in sorted(next(iter(dataset)).items()):
+    with naming_damage([pipeline]):
+        batch = next(iter(dataset))
+    for _, tensor in sorted(batch.items()):
         crc = zlib.crc32(tf.io.serialize_tensor(tensor).numpy(), crc)
     facts = {
         "num_examples": str(pipeline.num_examples),

@@ -80,11 +80,16 @@ class DatasetSource(Source):
             dataset = dataset.apply(check)
         elif cardinality != tf.data.UNKNOWN_CARDINALITY:
             num_examples = cardinality
+        elif not any(True for _ in dataset.take(1)):
+            raise ConfigError(*EMPTY)
         self.dataset = dataset
         self.num_examples = num_examples
 
 
-EMPTY = ("The data has no examples.", "Look at the split and the data folder.")
+EMPTY = (
+    "The data has no examples.",
+    "Look at the data folder; a split that there is not is None.",
+)
 
 
 def check_elements(dataset: tf.data.Dataset) -> None:

@@ -180,10 +180,9 @@ def _execute(
         check_after(experiment, config, facts)
         trains = config.mode in TRAINING_MODES and peers.is_chief
         path = path or workdir.create(config.workdir, experiment.name)
-        sources = [pipeline.source for pipeline in experiment.pipelines.values()]
         with (
             workdir.lock(path) if trains else contextlib.nullcontext(),
-            data.naming_damage(sources),
+            data.naming_damage(experiment.pipelines.values()),
         ):
             return Session(experiment, path, start, record).go()
 

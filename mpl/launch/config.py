@@ -42,6 +42,7 @@ class RunConfig:
         workdir: folder of the run.
         resume: go on in the run that the link `latest` points to.
         data_dir: folder of the data, for experiments that read files.
+        max_bad_records: damaged records of files that are left out.
         policy: dtypes of weights, computation and outputs.
         loss_scale: factor of the loss that keeps 16-bit gradients from underflow.
         strategy: how the work is spread over devices.
@@ -102,6 +103,9 @@ class RunConfig:
         False, "Go on with the run in --workdir or the latest; an error without one.")
     data_dir: str | None = _setting(
         None, "Folder of the data. none: the experiment's own.")
+    max_bad_records: int = _setting(
+        0, "Damaged records of the files of a split that are left out, each with a "
+        "warning; one more is an error.", minimum=0)
     policy: str = option(
         "auto", "float32, float64, mixed_float16, mixed_bfloat16, bfloat16, native, "
         "params=...,compute=...,output=..., or auto: by device, the log says why.")

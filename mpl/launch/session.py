@@ -22,6 +22,7 @@ from mpl.loop.inner_loop import counter
 from mpl.loop.interrupt import end_if
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import load_predictor
+from mpl.record.goodput import Goodput
 from mpl.record.metrics_log import MetricsWriter
 from mpl.record.progress import Progress
 
@@ -115,8 +116,10 @@ class Session:
         size, epoch = config.global_batch_size, experiment.batches_per_epoch
         shown = None if config.train_steps else epoch
         log = self._file("metrics.jsonl")
+        self._goodput = Goodput(self._file("goodput.json"))
         self._reporters: list[Any] = [self.last]
-        self._log = MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch)
+        self._log = MetricsWriter(log, global_batch_size=size, batches_per_epoch=epoch,
+                                  goodput=self._goodput)
         if peers.is_chief:
             progress = Progress(global_batch_size=size, batches_per_epoch=shown)
             self._reporters += [progress, self._log]
@@ -205,6 +208,7 @@ class Session:
             controller.train(total)
         self._stopped_early = self.stopping.stopped
         chief = self._peers.is_chief  # which has written all by now
+        self._print(self._goodput)
         best = self._peers.of_chief(self.best.latest if chief else None)
         if self.config.early_stop and best:
             self._restore(controller, best)

@@ -5,12 +5,14 @@ Next: nothing; here state leaves the process, or comes back into it.
 
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import export_saved_model, load_predictor
+from mpl.record.goodput import Goodput
 from mpl.record.metrics_log import MetricsWriter
 from mpl.record.pretrained import init_from
 from mpl.record.progress import Progress
 
 __all__ = [
     "Checkpoints",
+    "Goodput",
     "MetricsWriter",
     "Progress",
     "export_saved_model",

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from mpl.record.goodput import Goodput
+
 
 class MetricsWriter:
     """Adds the figures of each report to a file, for programs to read.
@@ -22,22 +24,23 @@ class MetricsWriter:
         path: The file, made with its directory by the first line.
         global_batch_size: Examples a step.
         batches_per_epoch: Steps an epoch; None where the data has no known end.
+        goodput: Gives `goodput`, `lost_steps`, `restarts` and `time` of train lines.
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        global_batch_size: int,
-        batches_per_epoch: int | None = None,
+        self, path: str | os.PathLike[str], *, global_batch_size: int,
+        batches_per_epoch: int | None = None, goodput: Goodput | None = None,
     ):
         self.path = os.fspath(path)
         self._global_batch_size = global_batch_size
         self._batches_per_epoch = batches_per_epoch
+        self._goodput = goodput
 
     def start(self, step: int, total_steps: int | None) -> None:
         """Deletes the lines of later steps, which a run resumed at `step` redoes."""
         self._keep(lambda key: key[0] <= step)
+        if self._goodput:
+            self._goodput.start(step, total_steps)
 
     def _keep(self, condition: Callable[[tuple[float, str]], bool]) -> None:
         lines = []
@@ -54,6 +57,8 @@ class MetricsWriter:
         self, step: int, values: Mapping[str, Any], steps_per_sec: float | None
     ) -> None:
         """Writes what training steps since the last report came to."""
+        if self._goodput:
+            values = {**values, **self._goodput.train(step, steps_per_sec)}
         self._write(step, "train", values, steps_per_sec)
 
     def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
@@ -66,13 +71,12 @@ class MetricsWriter:
         self._append({"step": step, "split": "note", "note": text})
 
     def finish(self, step: int) -> None:
-        """Does nothing: each line is on disk when its report returns."""
+        """Ends the goodput; each line is on disk when its report returns."""
+        if self._goodput:
+            self._goodput.finish(step)
 
     def _write(
-        self,
-        step: int,
-        split: str,
-        values: Mapping[str, Any],
+        self, step: int, split: str, values: Mapping[str, Any],
         steps_per_sec: float | None,
     ) -> None:
         per_epoch, speed = self._batches_per_epoch, steps_per_sec

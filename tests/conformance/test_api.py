@@ -20,7 +20,7 @@ SIGNATURES = {
         "*eval_summary_dir=, *reporters=, *after_restore=, *agree=, "
         "*interrupt=, *watchdog=, *evaluation_due=, *clock="
     ),
-    "DataContext": "data_dir, global_batch_size, seed, compute_dtype",
+    "DataContext": "data_dir, global_batch_size, seed, compute_dtype, max_bad_records=",
     "DatasetSource": "dataset, num_examples=",
     "DynamicLossScale": (
         "initial=, period=, factor=, backoff=, minimum=, maximum=, hysteresis="
@@ -35,7 +35,9 @@ SIGNATURES = {
     "Experiment": "",
     "ExportSavedModel": "export, directory, *global_step, *max_to_keep=",
     "LossOutput": "per_example, weights, outputs=",
-    "FileSource": "files, read, *examples_per_file=, *shuffle_buffer=",
+    "FileSource": (
+        "files, read, *examples_per_file=, *shuffle_buffer=, *max_bad_records="
+    ),
     "LossScaleOptimizer": (
         "inner, loss_scale=, weights=, *clip_norm=, *ema_decay=, "
         "*nominal_weight=, *reduce_dtype="

@@ -315,7 +315,8 @@ def test_a_damaged_file_is_named_where_examples_are_counted(records, how):
     message = damage(how)
     with pytest.raises(ConfigError, match=message) as error:
         FileSource(files, _read_records)
-    assert error.value.remedy == "Repair it or leave it out."
+    assert error.value.remedy == (
+        "Repair it or leave it out, or skip it: --max_bad_records=1.")
 
 
 @pytest.mark.parametrize("counts", [None, [3, 3]])
@@ -330,8 +331,10 @@ def test_a_file_that_is_damaged_later_is_named_in_training(records, how, counts)
     message = damage(how)
     pipeline = Pipeline(source, global_batch_size=2, shuffle=False, repeat=True)
     trainer = Reader(pipeline.dataset())
-    others = [as_source({"x": np.zeros(3)}), FileSource(files[:1], _read_records)]
-    with pytest.raises(ConfigError, match=message), naming_damage([*others, source]):
+    settings = dict(global_batch_size=2, shuffle=False, repeat=True)
+    others = [Pipeline(other, **settings) for other in (
+        as_source({"x": np.zeros(3)}), FileSource(files[:1], _read_records))]
+    with pytest.raises(ConfigError, match=message), naming_damage([*others, pipeline]):
         trainer.train(10)
     assert int(trainer.position.numpy()) == 2
     trainer.reset_iterator()

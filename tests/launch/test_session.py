@@ -187,8 +187,8 @@ def test_all_at_once(capsys):
     out = capsys.readouterr().out
     assert "Exported to" in out and "Predictions for 20 examples" in out
     assert sorted(os.listdir("runs/line/latest")) == [
-        "checkpoints", "export", "flagfile.txt", "lock", "metrics.jsonl",
-        "predictions.npz",
+        "checkpoints", "export", "flagfile.txt", "goodput.json", "lock",
+        "metrics.jsonl", "predictions.npz",
     ]  # fmt: skip
 
 
