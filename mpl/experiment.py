@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -87,6 +87,27 @@ class Experiment:
             f"{type(self).__name__} has no `predict`.",
             "Define `predict(self, batch)`; it returns what the model says of a batch.",
         )
+
+    def read_input(self, path: str) -> Iterable[Mapping[str, np.ndarray]] | None:
+        """Returns the examples in a file or folder, batch by batch, to predict them.
+
+        They are dicts of arrays `[n, ...]`, as the training data but for labels.
+
+        Args:
+          path: what `--input` says.
+
+        Returns:
+          Any iterable; None: mpl reads it, as an .npz file of arrays, or as images.
+        """
+        return None
+
+    def from_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns the pixels of an image file in the range of the training data.
+
+        Args:
+          pixels: uint8 `[height, width, channels]`, 0 to 255, of the size trained on.
+        """
+        return pixels
 
     def build_optimizer(self, config: Any) -> keras.optimizers.Optimizer:
         """Returns the inner Keras optimizer, from the flags by default."""

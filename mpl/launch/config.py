@@ -84,6 +84,8 @@ class RunConfig:
         debug_eager: run step by step in Python.
         allow_changed_flags: resume although flags that change the mathematics differ.
         max_consecutive_skips: non-finite steps in a row that end the run.
+        export_weights: dtype in which an export stores the weights.
+        saved_model: an export to predict with.
         input: file of examples to predict.
         output: file for predictions, or folder for an export.
     """
@@ -204,10 +206,19 @@ class RunConfig:
         False, "Resume although flags that change the mathematics differ.")
     max_consecutive_skips: int = _setting(
         50, "Non-finite steps in a row that end the run.", minimum=1)
+    export_weights: str = _setting(
+        "float32", "For export: float32 weights and computation; compute: both as in "
+        "training, the weights stored in the compute dtype.",
+        choices=("float32", "compute"))
+    saved_model: str | None = _setting(
+        None, "For predict: folder of an export to predict --input with, without a run. "
+        "none: the run's weights.")
     input: str | None = _setting(
-        None, "For predict: an .npz file of arrays by name. none: the test data.")
+        None, "For predict: an .npz file of arrays by name, an image, a folder of "
+        "images, or what the experiment reads. none: the test data.")
     output: str | None = _setting(
-        None, "For predict a file, for export a folder. none: in the workdir.")
+        None, "For predict an .npz file, for export a folder. none: in the workdir; "
+        "with --saved_model, predictions.npz.")
     # fmt: on
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -240,11 +251,16 @@ class RunConfig:
                     f"`{first}` ({getattr(self, first)}) and `{second}` "
                     f"({getattr(self, second)}) say the same thing: set one at most.",
                     f"Leave one out, or unset it: --{second}=none.")
-        for name, modes in (("input", "predict"), ("output", "predict or export")):
+        for name, modes in (("input", "predict"), ("saved_model", "predict"),
+                            ("output", "predict or export")):
             if getattr(self, name) is not None and self.mode not in modes.split():
                 raise ConfigError(
                     f"`{name}` ({getattr(self, name)}) goes with `mode` {modes} only.",
                     "Leave it out, or use --mode=predict.")
+        if self.saved_model is not None and self.input is None:
+            raise ConfigError(
+                f"`saved_model` ({self.saved_model}) has nothing to predict.",
+                "Name the examples: --input=<file or folder>.")
         for name, parse in (("early_stop", parse_early_stop),
                             ("best_metric", parse_best_metric)):
             if (text := getattr(self, name)) is not None:
