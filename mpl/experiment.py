@@ -36,6 +36,9 @@ class Experiment:
 
     Attributes:
       Config: the settings, a subclass of `RunConfig`; None: `RunConfig` itself.
+      images: a method, where wanted: `images(batch)` returns images to show after each
+        evaluation by name, `[n, height, width, channels]` in uint8 or floats in [0, 1];
+        of the first 16 examples, for which it may call `predict`.
       policy_overrides: from pattern of a layer's path to the name of its policy.
       accumulates: whether a `train_step` of its own heeds `config.accumulate_steps`.
       config, strategy, policy, model, weights, optimizer, loss_scale: made by `setup`.
@@ -46,6 +49,7 @@ class Experiment:
     """
 
     Config: Any = None
+    images: Any = None
     policy_overrides: Mapping[str, str] = {}
     accumulates = False
     peers = distribute.Peers()
@@ -182,7 +186,7 @@ class Experiment:
 
     def compiled(self, function: Callable) -> Callable:
         """Returns the function under XLA, if the run asks for it."""
-        if not self._jit_compile and self.trainer.variant != "compiled":
+        if not self._jit_compile and "compiled" not in self.trainer.variant:
             return function
         status = tf.__internal__.autograph.control_status_ctx().status
         own = status.name == "ENABLED"  # AutoGraph rewrites a `train_step` of a user's

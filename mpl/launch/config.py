@@ -69,6 +69,8 @@ class RunConfig:
         init_from: checkpoint from which a new run takes its weights.
         log_every_steps: steps between lines of training metrics.
         summary_every_steps: steps between TensorBoard points.
+        histogram_every_steps: steps between histograms in TensorBoard.
+        profile_steps: FIRST,LAST: the steps to profile.
         seed: of weights, dropout and data order.
         deterministic: equal bits in every repetition, at some cost in speed.
         optimizer: name of a Keras optimizer.
@@ -172,6 +174,13 @@ class RunConfig:
     summary_every_steps: int | None = _setting(
         None, "Steps between TensorBoard points; 0: no points. none: as the log.",
         minimum=0)
+    histogram_every_steps: int | None = _setting(
+        None, "Steps between histograms of weights and gradients in TensorBoard; "
+        "gradients take as much memory again as weights. none: no histograms.",
+        minimum=1)
+    profile_steps: str | None = _setting(
+        None, "FIRST,LAST: write a TensorFlow profile of these steps, counted from 1, "
+        "into the workdir. none: no profile.")
     seed: int = option(
         0, "Seed of weights, dropout and data order.", minimum=0, maximum=2**31 - 1)
     deterministic: bool = _setting(
@@ -257,6 +266,13 @@ class RunConfig:
                 raise ConfigError(
                     f"`{name}` ({getattr(self, name)}) goes with `mode` {modes} only.",
                     "Leave it out, or use --mode=predict.")
+        if self.profile_steps is not None:
+            parse_profile_steps(self.profile_steps)
+        if self.histogram_every_steps and self.summary_every_steps == 0:
+            raise ConfigError(
+                f"`histogram_every_steps` ({self.histogram_every_steps}) needs "
+                "summaries, and `summary_every_steps` (0) makes none.",
+                "Leave one of the two out.")
         if self.saved_model is not None and self.input is None:
             raise ConfigError(
                 f"`saved_model` ({self.saved_model}) has nothing to predict.",
@@ -317,6 +333,20 @@ def parse_best_metric(text: str) -> tuple[str, str]:
             "Write for example --best_metric=accuracy:max.",
         )
     return metric, mode
+
+
+def parse_profile_steps(text: str) -> tuple[int, int]:
+    """Reads FIRST,LAST.
+
+    Raises:
+        ConfigError: the text is not of this form.
+    """
+    first, _, last = text.partition(",")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise ConfigError(
+        f"`profile_steps` ({text}) must be FIRST,LAST with 1 <= FIRST <= LAST.",
+        "Write for example --profile_steps=101,110.")
 
 
 def better(metric: str) -> str:

@@ -16,7 +16,9 @@ from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_best_metric, parse_early_stop
+from mpl.launch.details import Details
 from mpl.launch.option import written
+from mpl.launch.profile import Profile
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import SavedPredictor
 from mpl.record.metrics_log import MetricsWriter
@@ -25,7 +27,7 @@ from mpl.record.progress import Progress
 Results = dict[str, dict[str, float]]
 _POLL_SECS = 10.0  # how often continuous_eval asks whether training is complete
 _FILES = (
-    "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "export",
+    "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "profile", "export",
     "predictions.npz",
 )  # fmt: skip
 
@@ -200,6 +202,10 @@ class Session:
                     variable.assign(value)
         trainer = self.experiment.trainer
         trainer.jit_trial = jit_trial.trial_of(self.experiment, self.path)
+        profile = Profile(config.profile_steps, self._file("profile"))
+        trainer.watches = [profile] if config.profile_steps else []
+        if config.summary_every_steps != 0:  # in all processes: they cut blocks alike
+            trainer.watches.append(Details(self.experiment))
         try:
             if evaluates and "validation" in self.experiment.evaluators:
                 controller.train_and_evaluate(total)
@@ -212,6 +218,8 @@ class Session:
                 file=sys.stderr,
             )
             raise
+        finally:
+            profile.stop()
         self._stopped_early = self.stopping.stopped
         chief = self._peers.is_chief  # which has written all by now
         best = self._peers.of_chief(self.best.latest if chief else None)

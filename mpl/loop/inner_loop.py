@@ -96,6 +96,7 @@ class InnerLoop:
         waits: Whether the loop may wait for a batch where it stands, see `_taker`.
         one_graph: Whether a traced step is part of the loop's own graph, see above.
         done: int64 variable, how many steps the last `run` finished.
+        graph: Of the step as it was traced last; None: it was not.
         data_ended: Whether the last `run` ended because the data did.
         state: Of `reduce`.
     """
@@ -118,6 +119,7 @@ class InnerLoop:
         self.dataset, self.done, self.data_ended = dataset, counter(), False
         self.iterators: Any = None
         self.state: Any = None
+        self.graph: Any = None
         self.one_graph = False
         self.waits = False
 
@@ -181,6 +183,7 @@ class InnerLoop:
             self.state = self._reduce(self.state, output)
 
     def _run_step(self, iterators: Any, variant: str) -> Any:
+        self.graph = _graph() if tf.inside_function() else None
         apart = tf.inside_function() and not self.one_graph
         around = _graph() if apart else None
         takes = [_taker(each, self.waits) for each in tf.nest.flatten(iterators)]

@@ -73,6 +73,9 @@ def apply_together(
         finite = first(finite)
         weights = [first(part.sums[1]) for part in parts if part.sums]
 
+        for optimizer, part in zip(optimizers, parts):
+            optimizer.keep(strategy, part.gradients)
+
         def active() -> tf.Tensor:
             flags = [weight != 0 for weight in weights] or [tf.constant(True)]
             return functools.reduce(tf.logical_and, flags)
