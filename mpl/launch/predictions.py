@@ -18,14 +18,14 @@ _Examples = Iterator[Mapping[str, np.ndarray]]
 
 
 def write(
-    path: str, experiment: Experiment, predictor: Callable[[Mapping[str, Any]], Any],
+    experiment: Experiment, path: str, predictor: Callable[[Mapping[str, Any]], Any],
     specs: Mapping[str, tf.TensorSpec] | None = None,
 ) -> int:
     """Writes predictions to an .npz file, and of image files their names as `file`.
 
     Args:
-        path: of the file, which is there as a whole or not at all.
         experiment: says what to read, see `examples`.
+        path: of the file, which is there as a whole or not at all.
         predictor: from a batch to its predictions.
         specs: as of `examples`.
 

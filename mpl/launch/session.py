@@ -267,8 +267,8 @@ class Session:
 
     def export(self) -> None:
         """Writes a SavedModel, reloads it, and says how far its predictions are off."""
-        path, dtype = self.config.output or self._file("export"), self.config.export_weights
-        self.experiment.export(path, dtype)
+        dtype, path = self.config.export_weights, self.config.output
+        path = self.experiment.export(path or self._file("export"), dtype)
         batch = next(predictions.examples(self.experiment)[1])
         pairs = zip(
             tf.nest.flatten(SavedPredictor(path)(batch)),
@@ -284,7 +284,7 @@ class Session:
     def predict(self) -> None:
         """Writes predictions for the input, or the test data, as an .npz file."""
         path = self.config.output or self._file("predictions.npz")
-        count = predictions.write(path, self.experiment, self.experiment.predictor())
+        count = predictions.write(self.experiment, path, self.experiment.predictor())
         self._print(f"Predictions for {count} examples are in {path}")
         self._said = {"predictions": count}
 

@@ -133,7 +133,7 @@ def test_what_is_written(tmp_path):
     save_images(tmp_path, "a.png", "b.png", "c.png")
     out = str(tmp_path / "out.npz")
     first = predictions.write(
-        out, Reader(tmp_path), lambda batch: batch["image"][:, 0, 0, 0], IMAGE)
+        Reader(tmp_path), out, lambda batch: batch["image"][:, 0, 0, 0], IMAGE)
     assert first == 3 and not (tmp_path / "out.npz.tmp").exists()
     with np.load(out) as arrays:
         assert sorted(arrays) == ["file", "predictions"]
@@ -141,7 +141,7 @@ def test_what_is_written(tmp_path):
         assert arrays["file"][1] == str(tmp_path / "b.png")
     (tmp_path / "input.npz").write_bytes(GOOD)
     reader = Reader(tmp_path / "input.npz")
-    predictions.write(out, reader, lambda batch: {"double": 2 * batch["x"]})
+    predictions.write(reader, out, lambda batch: {"double": 2 * batch["x"]})
     with np.load(out) as arrays:
         assert {n: a.tolist() for n, a in arrays.items()} == {"double": [2, 402, 14]}
 
@@ -154,6 +154,6 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     out = tmp_path / "out.npz"
     out.write_text("old")
     with pytest.raises(ConfigError, match=r"`input` .* holds no examples"):
-        predictions.write(str(out), Nothing("x"), len)
+        predictions.write(Nothing("x"), str(out), len)
     assert out.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from mpl.record.progress import Progress
+from mpl.record import progress
+from mpl.record.progress import Progress, counted
 
 TRAIN = {
     "loss": 0.123456,
@@ -151,3 +152,38 @@ def test_a_terminal_without_rich_or_movement_gets_plain_lines(
     progress.train(1, {"loss": 1.0}, 1.0)
     progress.finish(1)
     assert terminal.getvalue() == "step 1/2  loss 1  64 examples/s  ETA 0:00:01\n"
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def count(batches, total, file, clock, secs):
+    for batch in counted(batches, total, file):
+        clock.now += secs
+        yield len(batch["x"])
+
+
+BATCHES = [{"x": [0] * 40, "y": [0] * 40}, {"x": [0] * 40}, {"x": [0] * 20}]
+
+
+def test_counted_examples_are_a_line_every_ten_seconds(plain, monkeypatch):
+    clock = Clock(monkeypatch)
+    assert list(count(BATCHES, 100, plain, clock, secs=5)) == [40, 40, 20]
+    assert plain.getvalue() == (
+        "[########################------] 80/100 examples  8 examples/s  ETA 0:00:02\n")
+    assert list(count(BATCHES, None, plain, clock, secs=10)) == [40, 40, 20]
+    assert plain.getvalue().splitlines()[1:] == [
+        "40 examples  4 examples/s", "80 examples  4 examples/s",
+        "100 examples  3 examples/s"]
+
+
+def test_counted_examples_are_a_bar_on_a_terminal(terminal, monkeypatch):
+    pytest.importorskip("rich")
+    clock = Clock(monkeypatch)
+    assert list(count(BATCHES, 100, terminal, clock, secs=1)) == [40, 40, 20]
+    out = terminal.getvalue()
+    assert "[############------------------] 40/100 examples  40 examples/s  ETA" in out
+    assert "\x1b[?25h" in out  # the cursor is back
