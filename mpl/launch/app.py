@@ -170,8 +170,8 @@ def load_predictor(
 ) -> Callable[[Mapping[str, Any]], Any]:
     """Returns a function that predicts with an export or with a run.
 
-    It takes a dict of arrays `[n, ...]` by feature name and returns an array `[n, ...]`,
-    or a dict of arrays where the model has several outputs.
+    It takes a dict of arrays `[n, ...]` by feature name and returns an array
+    `[n, ...]`, or a dict of arrays where the model has several outputs.
 
     Args:
         path: an export, the folder that --mode=export wrote; or, with

@@ -220,8 +220,8 @@ class RunConfig:
         "training, the weights stored in the compute dtype.",
         choices=("float32", "compute"))
     saved_model: str | None = _setting(
-        None, "For predict: folder of an export to predict --input with, without a run. "
-        "none: the run's weights.")
+        None, "For predict: folder of an export to predict --input with; it needs no "
+        "run. none: the run's weights.")
     input: str | None = _setting(
         None, "For predict: an .npz file of arrays by name, an image, a folder of "
         "images, or what the experiment reads. none: the test data.")

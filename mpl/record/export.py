@@ -106,7 +106,7 @@ class SavedPredictor:
         path = os.fspath(path)
         if not tf.saved_model.contains_saved_model(path):
             cause = f"`path` ({path}) is no SavedModel: it holds no saved_model.pb."
-            remedy = "Give the directory that --mode=export wrote; for a run, its class."
+            remedy = "Give the folder that --mode=export wrote; for a run, its class."
             raise ConfigError(cause, remedy)
         try:
             # Kept: a signature alone does not keep its variables alive.

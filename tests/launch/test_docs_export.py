@@ -1,4 +1,4 @@
-"""What docs/export.md and docs/tensorboard.md say: modes, snippets, the server's JSON."""
+"""What docs/export.md says: modes, snippets, the server's JSON."""
 
 import http.server
 import json
