@@ -23,12 +23,10 @@ class ExperimentTrainer(trainer_lib.Trainer):
       jit_trial: decides which steps are compiled; None: the settings do.
       watches: each cuts blocks where `ahead(step)` steps end, and is a context around
         the steps up to `end`, `around(end)`.
-      keeps_gradients: whether steps leave them in `kept` of the optimizers.
     """
 
     jit_trial: Any = None
     watches: Sequence[Any] = ()
-    keeps_gradients = False
 
     def __init__(self, experiment: Any):
         eager = experiment.config.debug_eager
@@ -78,8 +76,8 @@ class ExperimentTrainer(trainer_lib.Trainer):
         self._loop.done.assign(done)
 
     def _train_part(self, num_steps: Any) -> Any:
-        before = self.variant
-        self.variant += "+gradients" * self.keeps_gradients
+        before, optimizers = self.variant, tf.nest.flatten(self._experiment.optimizer)
+        self.variant += "+gradients" * any(each.kept for each in optimizers)
         try:
             return super().train(num_steps)
         finally:  # whatever ended the block, the model shows what was trained

@@ -19,6 +19,7 @@ from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import flags, identity, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, RunConfig, merged
+from mpl.launch.details import watching
 from mpl.launch.session import Results, Session, intervals, metric_names, python
 from mpl.launch.session import result_line
 from mpl.record import SavedPredictor, pretrained
@@ -231,7 +232,7 @@ def _execute(
         sources = [pipeline.source for pipeline in experiment.pipelines.values()]
         with (
             workdir.lock(path) if trains else contextlib.nullcontext(),
-            data.naming_damage(sources),
+            data.naming_damage(sources), watching(experiment, path),
         ):
             return Session(experiment, path, start, record).go()
 

@@ -268,15 +268,14 @@ class RunConfig:
                     "Leave it out, or use --mode=predict.")
         if self.profile_steps is not None:
             parse_profile_steps(self.profile_steps)
-        if self.histogram_every_steps and self.summary_every_steps == 0:
-            raise ConfigError(
-                f"`histogram_every_steps` ({self.histogram_every_steps}) needs "
-                "summaries, and `summary_every_steps` (0) makes none.",
-                "Leave one of the two out.")
-        if self.saved_model is not None and self.input is None:
-            raise ConfigError(
-                f"`saved_model` ({self.saved_model}) has nothing to predict.",
-                "Name the examples: --input=<file or folder>.")
+        for name, needed, without in (
+            ("saved_model", "input", None),
+            ("histogram_every_steps", "summary_every_steps", 0),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) == without:
+                raise ConfigError(
+                    f"`{name}` ({getattr(self, name)}) needs `{needed}`, which is "
+                    f"{str(without).lower()}.", f"Set --{needed}, or leave both out.")
         for name, parse in (("early_stop", parse_early_stop),
                             ("best_metric", parse_best_metric)):
             if (text := getattr(self, name)) is not None:

@@ -1,7 +1,7 @@
 """What TensorBoard shows of a training beside its figures."""
 
 import contextlib
-import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,9 +10,13 @@ import numpy as np
 import tensorflow as tf
 
 from mpl.experiment import Experiment
+from mpl.launch.config import TRAINING_MODES, fields_of
 from mpl.launch.option import written
+from mpl.launch.profile import Profile
 from mpl.loop.summaries import AFTER_STEP
 from mpl.step.bucket import Bucket
+
+_COLUMNS = ("variable", "shape", "master", "compute", "bucket", "parameters")
 
 
 class Details:
@@ -29,16 +33,16 @@ class Details:
     def __init__(self, experiment: Experiment):
         self._experiment, self._described = experiment, False
         self._every = experiment.config.histogram_every_steps
-        optimizers = experiment.optimizer
-        named = optimizers if isinstance(optimizers, Mapping) else {"": optimizers}
-        self._optimizers: dict[str, Any] = dict(named)
-        self._kept: dict[str, list[tf.Variable]] = {name: [] for name in named}
+        optimizers, strategy = experiment.optimizer, experiment.strategy
+        self._optimizers: dict[str, Any] = {"": optimizers}
+        if isinstance(optimizers, Mapping):
+            self._optimizers = {f"{name}/": each for name, each in optimizers.items()}
         # The steps of parameter servers are all traced as one.
-        servers = tf.distribute.ParameterServerStrategy
-        if self._every and not isinstance(experiment.strategy, servers):
-            with experiment.strategy.scope():
-                self._kept = {name: [_like(bucket) for bucket in optimizer.buckets]
-                              for name, optimizer in named.items()}
+        servers = isinstance(strategy, tf.distribute.ParameterServerStrategy)
+        with strategy.scope():
+            self._kept = {name: [_like(bucket) for bucket in optimizer.buckets]
+                          for name, optimizer in self._optimizers.items()
+                          if self._every and not servers}
 
     def ahead(self, step: int) -> int:
         """Returns how many steps there are to where a block must end."""
@@ -48,11 +52,13 @@ class Details:
     def around(self, end: int) -> Iterator[None]:
         """Is around a block that ends after step `end`."""
         due = bool(self._every) and end % self._every == 0
-        self._keep(due)
+        for name, kept in self._kept.items() if due else ():
+            self._optimizers[name].kept = kept
         try:
             yield
         finally:
-            self._keep(False)
+            for optimizer in self._optimizers.values():
+                optimizer.kept = []
         with tf.summary.record_if(True):
             if tf.summary.should_record_summaries():
                 if not self._described:
@@ -60,58 +66,61 @@ class Details:
                 if due and int(self._experiment.global_step) == end:
                     self._write_histograms()
 
-    def _keep(self, keeps: bool) -> None:
-        self._experiment.trainer.keeps_gradients = keeps
-        for name, optimizer in self._optimizers.items():
-            optimizer.kept = self._kept[name] if keeps else []
-
     def _describe(self) -> None:
+        config, graph = self._experiment.config, self._experiment.trainer.graph
+        flags = [(field.name, written(getattr(config, field.name)))
+                 for field in fields_of(type(config))]
+        parameters = [
+            (name + entry.key, shape := entry.value.shape, bucket.kind.master.name,
+             bucket.kind.compute.name, f"{name}{number}", shape.num_elements())
+            for name, optimizer in self._optimizers.items()
+            for number, bucket in enumerate(optimizer.buckets)
+            for entry in bucket.entries]
+        parameters.append(("total", "", "", "", "", sum(row[-1] for row in parameters)))
+        for tag, head, rows in (("flags", ("flag", "value"), flags),
+                                ("parameters", _COLUMNS, parameters)):
+            lines = [head, ["---"] * len(head), *rows]
+            table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+            tf.summary.text(tag, table, description=AFTER_STEP)
+        if graph is not None:
+            tf.summary.graph(graph)
         self._described = True
-        config = dataclasses.asdict(self._experiment.config)
-        rows = [["flag", "value"], ["---"] * 2]
-        rows += [[name, written(value)] for name, value in config.items()]
-        tf.summary.text("flags", _table(rows), description=AFTER_STEP)
-        rows, total = [
-            ["variable", "shape", "master", "compute", "bucket", "parameters"],
-            ["---"] * 6], 0
-        for name, bucket, number, _ in self._buckets():
-            for entry in bucket.entries:
-                shape, kind = entry.value.shape, bucket.kind
-                count = int(np.prod(shape))
-                rows.append([
-                    f"{name}{entry.key}", str(tuple(shape)), kind.master.name,
-                    kind.compute.name, f"{name}{number}", f"{count:,}"])
-                total += count
-        rows.append(["total", "", "", "", "", f"{total:,}"])
-        tf.summary.text("parameters", _table(rows), description=AFTER_STEP)
-        if self._experiment.trainer.graph is not None:
-            tf.summary.graph(self._experiment.trainer.graph)
-
-    def _buckets(self) -> Iterator[tuple[str, Bucket, int, Any]]:
-        """Yields the model's name and "/", a bucket, its number, and what is kept."""
-        for name, optimizer in self._optimizers.items():
-            kept = self._kept[name] or [None] * len(optimizer.buckets)
-            for number, bucket in enumerate(optimizer.buckets):
-                yield f"{name}/" * bool(name), bucket, number, kept[number]
 
     def _write_histograms(self) -> None:
-        for name, bucket, _, kept in self._buckets():
-            values = {"weights": bucket.variable}
-            if kept is not None and not bucket.kind.sparse:
-                values["gradients"] = kept
-            for kind, variable in values.items():
-                parts = bucket.split(variable.numpy())
-                for entry, part in zip(bucket.entries, parts):
-                    tag, finite = f"{kind}/{name}{entry.key}", part[np.isfinite(part)]
-                    tf.summary.histogram(tag, finite, description=AFTER_STEP)
+        for name, optimizer in self._optimizers.items():
+            masters = [bucket.variable for bucket in optimizer.buckets]
+            kinds = {"weights": masters, "gradients": self._kept.get(name, [])}
+            for kind, variables in kinds.items():
+                for bucket, variable in zip(optimizer.buckets, variables):
+                    values = [] if variable is None else bucket.split(variable.numpy())
+                    for entry, part in zip(bucket.entries, values):
+                        tf.summary.histogram(
+                            f"{kind}/{name}{entry.key}", part[np.isfinite(part)],
+                            description=AFTER_STEP)
 
 
-def _like(bucket: Bucket) -> tf.Variable:
-    """Returns a variable for the gradient of a bucket; a sparse table's is not kept."""
-    shape = [] if bucket.kind.sparse else bucket.variable.shape
-    return tf.Variable(tf.zeros(shape, bucket.variable.dtype), trainable=False)
+def _like(bucket: Bucket) -> tf.Variable | None:
+    """Returns a variable for the gradient of a bucket; None for a sparse table's."""
+    dtype = tf.float64 if bucket.kind.master == tf.float64 else tf.float32
+    zeros = tf.zeros([] if bucket.kind.sparse else bucket.variable.shape, dtype)
+    return None if bucket.kind.sparse else tf.Variable(zeros, trainable=False)
 
 
-def _table(rows: list[list[str]]) -> str:
-    """Returns a table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+@contextlib.contextmanager
+def watching(experiment: Experiment, path: str) -> Iterator[None]:
+    """Meanwhile training writes the details and the profile that its settings ask for.
+
+    Args:
+        experiment: set up.
+        path: folder of the run.
+    """
+    config = experiment.config
+    profile = Profile(config.profile_steps, os.path.join(path, "profile"))
+    watches: list[Any] = [profile] if config.profile_steps else []
+    if config.mode in TRAINING_MODES and config.summary_every_steps != 0:
+        watches.append(Details(experiment))  # in all processes: they cut blocks alike
+    experiment.trainer.watches = watches
+    try:
+        yield
+    finally:
+        profile.stop()

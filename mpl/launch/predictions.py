@@ -1,5 +1,6 @@
 """What --mode=predict reads and writes."""
 
+import functools
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,8 @@ def write(
         ConfigError: the input cannot be read or holds nothing.
     """
     total, batches, names = examples(experiment, specs)
-    parts = [predictor(batch) for batch in progress.counted(batches, total)]
+    bar = progress.tracked(batches, total, "Predicting")
+    parts = [predictor(batch) for batch in bar]
     if not parts:
         cause = f"`input` ({experiment.config.input}) holds no examples."
         raise ConfigError(cause, "Name a file or folder that does.")
@@ -60,22 +62,29 @@ def examples(
         specs: of the features, as a SavedModel has them; None: as in training.
 
     Returns:
-        How many there are, where that is known; batches of them; of images the files.
+        The number of batches, where that is known; the batches; of images the files.
     """
     path, size = experiment.config.input, experiment.config.global_batch_size
     if path is None:
         pipelines = experiment.pipelines
         split = next(s for s in ("test", "validation", "train") if s in pipelines)
-        return pipelines[split].num_examples, _of(pipelines[split]), []
+        return pipelines[split].batches_per_epoch, _of(pipelines[split]), []
     if (own := experiment.read_input(path)) is not None:
         return None, iter(own), []
     if files := _image_files(path):
         specs = specs or experiment.pipelines["train"].dataset().element_spec
-        return len(files), _images(experiment, files, specs), files
+        name, spec = _image_feature(experiment, specs)
+        parts = _cut(len(files), size if spec.shape[1:].is_fully_defined() else 1)
+        read = functools.partial(_images, experiment, spec)
+        return len(parts), ({name: read(files[part])} for part in parts), files
     arrays = _read_arrays(path)
-    count = data.ArraySource(arrays).num_examples
-    parts = (slice(start, start + size) for start in range(0, count, size))
-    return count, ({n: a[part] for n, a in arrays.items()} for part in parts), []
+    parts = _cut(data.ArraySource(arrays).num_examples, size)
+    batches = ({n: array[part] for n, array in arrays.items()} for part in parts)
+    return len(parts), batches, []
+
+
+def _cut(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _of(pipeline: data.Pipeline) -> _Examples:
@@ -115,29 +124,27 @@ def _image_files(path: str) -> list[str]:
     return [file for file in files if file.lower().endswith(_IMAGES)]
 
 
-def _images(
-    experiment: Experiment, files: Sequence[str], specs: Mapping[str, tf.TensorSpec]
-) -> _Examples:
-    """Yields images as the one feature `[batch, height, width, channels]`."""
-    named = [name for name in specs if specs[name].shape.rank == 4]
-    if len(named) != 1:
-        raise ConfigError(
-            f"`input` is images, and {len(named)} features of an example are.",
-            f"Define `{type(experiment).__name__}.read_input`.",
-        )
-    spec, size = specs[named[0]], experiment.config.global_batch_size
+def _image_feature(
+    experiment: Experiment, specs: Mapping[str, tf.TensorSpec]
+) -> tuple[str, tf.TensorSpec]:
+    """Returns name and spec of the one feature `[batch, height, width, channels]`."""
+    images = {name: spec for name, spec in specs.items() if spec.shape.rank == 4}
+    (name, spec), *others = [*images.items(), ("", None)]
     own = type(experiment).from_pixels is not Experiment.from_pixels
-    if spec.dtype != tf.uint8 and not own:
-        raise ConfigError(
-            f"`input` is images, and those of the training data are {spec.dtype.name}, "
-            "in an unknown range.",
-            f"Define `{type(experiment).__name__}.from_pixels`.",
-        )
-    size = size if spec.shape[1:].is_fully_defined() else 1
-    for start in range(0, len(files), size):
-        images = [_pixels(file, *spec.shape[1:]) for file in files[start:start + size]]
-        batch = np.stack([experiment.from_pixels(pixels) for pixels in images])
-        yield {named[0]: batch.astype(spec.dtype.as_numpy_dtype)}
+    if len(others) == 1 and (own or spec.dtype == tf.uint8):
+        return name, spec
+    what = "in an unknown range" if len(others) == 1 else "not one feature"
+    raise ConfigError(
+        f"`input` ({experiment.config.input}) is images, and those of the training data "
+        f"are {what}: {images}.",
+        "Define `from_pixels` or `read_input` in the experiment.")
+
+
+def _images(
+    experiment: Experiment, spec: tf.TensorSpec, files: Sequence[str]
+) -> np.ndarray:
+    images = [experiment.from_pixels(_pixels(file, *spec.shape[1:])) for file in files]
+    return np.stack(images).astype(spec.dtype.as_numpy_dtype)
 
 
 def _pixels(

@@ -16,9 +16,7 @@ from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_best_metric, parse_early_stop
-from mpl.launch.details import Details
 from mpl.launch.option import written
-from mpl.launch.profile import Profile
 from mpl.record.checkpoint import Checkpoints
 from mpl.record.export import SavedPredictor
 from mpl.record.metrics_log import MetricsWriter
@@ -202,10 +200,6 @@ class Session:
                     variable.assign(value)
         trainer = self.experiment.trainer
         trainer.jit_trial = jit_trial.trial_of(self.experiment, self.path)
-        profile = Profile(config.profile_steps, self._file("profile"))
-        trainer.watches = [profile] if config.profile_steps else []
-        if config.summary_every_steps != 0:  # in all processes: they cut blocks alike
-            trainer.watches.append(Details(self.experiment))
         try:
             if evaluates and "validation" in self.experiment.evaluators:
                 controller.train_and_evaluate(total)
@@ -218,8 +212,6 @@ class Session:
                 file=sys.stderr,
             )
             raise
-        finally:
-            profile.stop()
         self._stopped_early = self.stopping.stopped
         chief = self._peers.is_chief  # which has written all by now
         best = self._peers.of_chief(self.best.latest if chief else None)

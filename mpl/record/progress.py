@@ -4,8 +4,7 @@ import atexit
 import datetime
 import math
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 # Values of a train report that describe the step, not the model.
@@ -13,7 +12,6 @@ _OF_THE_STEP = frozenset(
     ("loss_scale", "applied_steps", "skipped_steps", "grad_norm", "learning_rate",
      "steps_per_sec")
 )
-_LINE_SECS = 10.0
 
 
 class Progress:
@@ -119,42 +117,15 @@ class Progress:
             self._live.update(line, refresh=True)
 
 
-def counted(
-    batches: Iterable[Mapping[str, Any]], total: int | None, file: TextIO | None = None
-) -> Iterator[Mapping[str, Any]]:
-    """Yields batches, and shows how many examples they held and how many are left.
-
-    A bar on a terminal with rich installed; elsewhere a line every ten seconds.
-
-    Args:
-        batches: Dicts of arrays `[n, ...]`.
-        total: Examples in all of them, where that is known.
-        file: As of `Progress`.
-    """
-    file, done, start = file or sys.stdout, 0, time.monotonic()
-    live, said = _live_line(file), start
+def tracked(batches: Iterable, total: int | None, text: str) -> Iterable:
+    """Returns batches that move a bar, where output is a terminal and rich is there."""
+    if not sys.stdout.isatty():
+        return batches
     try:
-        for batch in batches:
-            yield batch
-            done, now = done + len(next(iter(batch.values()))), time.monotonic()
-            line = _bar(done, total, done / max(now - start, 1e-9))
-            if live is not None:
-                live.update(line, refresh=True)
-            elif now - said >= _LINE_SECS:
-                print(line, file=file, flush=True)
-                said = now
-    finally:
-        if live is not None:
-            live.stop()
-            atexit.unregister(live.stop)
-
-
-def _bar(done: int, total: int | None, speed: float) -> str:
-    if not total:
-        return f"{done:,} examples  {speed:,.0f} examples/s"
-    left = datetime.timedelta(seconds=round((total - done) / speed))
-    return (f"[{'#' * (30 * done // total):-<30}] {done:,}/{total:,} examples  "
-            f"{speed:,.0f} examples/s  ETA {left}")
+        from rich.progress import track
+    except ImportError:
+        return batches
+    return track(batches, text, total)
 
 
 def _joined(values: Mapping[str, Any]) -> str:

@@ -54,8 +54,8 @@ class LossScaleOptimizer(tf.Module):
 
     Attributes:
       averages: moving averages laid out like the masters; empty without `ema_decay`.
-      kept: variables laid out like the masters, in which a step leaves its gradient
-        before clipping; none, unless someone sets them before it is traced.
+      kept: variables laid out like the masters, in which a step leaves its gradients
+        before clipping; None for those not wanted. Empty, unless set before a trace.
       applied_steps: int64, updates made; schedules follow it.
       skipped_steps: int64, updates refused as not finite.
       consecutive_skips: int64, refused since the last update made.
@@ -94,7 +94,7 @@ class LossScaleOptimizer(tf.Module):
         self.share = self.loss_scale.register()
         self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []
-        self.kept: list[tf.Variable] = []
+        self.kept: list[tf.Variable | None] = []
         self._skips = _host_variable(np.int64(0), "skips")
         # Position of the last bad value, whether it was NaN.
         self._bad = _host_variable(np.zeros(2, np.int64), "bad")
@@ -235,12 +235,6 @@ class LossScaleOptimizer(tf.Module):
         forward = state_lib.Forward([], [])
         forward.scale = tf.convert_to_tensor(self.loss_scale.value)
         gradients_lib.apply_together([(self, ordered, forward)])
-
-    def keep(self, strategy: tf.distribute.Strategy, gradients: Sequence[Any]) -> None:
-        """Assigns the gradients to `kept`, those of sparse tables not."""
-        for kept, gradient, bucket in zip(self.kept, gradients, self.buckets):
-            if not bucket.kind.sparse:
-                strategy.extended.update(kept, _assign, (gradient,), group=False)
 
     def update(
         self,
@@ -414,7 +408,7 @@ def _check(
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
-    variable.assign(tf.cast(value, variable.dtype))
+    variable.assign(value)
 
 
 def _host_variable(value: Any, name: str) -> tf.Variable:

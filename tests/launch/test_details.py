@@ -187,5 +187,6 @@ def test_no_step_appears_twice_after_a_resume(tmp_path):
 
 
 def test_without_summaries_histograms_are_refused():
-    with pytest.raises(ConfigError, match="`histogram_every_steps` .5. needs summar"):
+    cause = "`histogram_every_steps` .5. needs `summary_every_steps`, which is 0"
+    with pytest.raises(ConfigError, match=cause):
         Config(histogram_every_steps=5, summary_every_steps=0)

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 
-from mpl.record import progress
-from mpl.record.progress import Progress, counted
+from mpl.record.progress import Progress, tracked
 
 TRAIN = {
     "loss": 0.123456,
@@ -154,36 +153,17 @@ def test_a_terminal_without_rich_or_movement_gets_plain_lines(
     assert terminal.getvalue() == "step 1/2  loss 1  64 examples/s  ETA 0:00:01\n"
 
 
-class Clock:
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
-
-
-def count(batches, total, file, clock, secs):
-    for batch in counted(batches, total, file):
-        clock.now += secs
-        yield len(batch["x"])
-
-
-BATCHES = [{"x": [0] * 40, "y": [0] * 40}, {"x": [0] * 40}, {"x": [0] * 20}]
-
-
-def test_counted_examples_are_a_line_every_ten_seconds(plain, monkeypatch):
-    clock = Clock(monkeypatch)
-    assert list(count(BATCHES, 100, plain, clock, secs=5)) == [40, 40, 20]
-    assert plain.getvalue() == (
-        "[########################------] 80/100 examples  8 examples/s  ETA 0:00:02\n")
-    assert list(count(BATCHES, None, plain, clock, secs=10)) == [40, 40, 20]
-    assert plain.getvalue().splitlines()[1:] == [
-        "40 examples  4 examples/s", "80 examples  4 examples/s",
-        "100 examples  3 examples/s"]
-
-
-def test_counted_examples_are_a_bar_on_a_terminal(terminal, monkeypatch):
+def test_batches_move_a_bar_on_a_terminal_only(terminal, plain, monkeypatch):
     pytest.importorskip("rich")
-    clock = Clock(monkeypatch)
-    assert list(count(BATCHES, 100, terminal, clock, secs=1)) == [40, 40, 20]
-    out = terminal.getvalue()
-    assert "[############------------------] 40/100 examples  40 examples/s  ETA" in out
-    assert "\x1b[?25h" in out  # the cursor is back
+    for file in (terminal, plain):
+        monkeypatch.setattr(sys, "stdout", file)
+        assert list(tracked(iter("abcd"), 4, "Predicting")) == list("abcd")
+    assert "Predicting" in terminal.getvalue() and "100%" in terminal.getvalue()
+    assert plain.getvalue() == ""
+
+
+def test_batches_without_rich(terminal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert list(tracked([1, 2], None, "Predicting")) == [1, 2]
+    assert terminal.getvalue() == ""
