@@ -129,14 +129,15 @@ def _image_feature(
 ) -> tuple[str, tf.TensorSpec]:
     """Returns name and spec of the one feature `[batch, height, width, channels]`."""
     images = {name: spec for name, spec in specs.items() if spec.shape.rank == 4}
-    (name, spec), *others = [*images.items(), ("", None)]
-    own = type(experiment).from_pixels is not Experiment.from_pixels
-    if len(others) == 1 and (own or spec.dtype == tf.uint8):
-        return name, spec
-    what = "in an unknown range" if len(others) == 1 else "not one feature"
+    own, what = type(experiment).from_pixels, "not one feature"
+    if len(images) == 1:
+        ((name, spec),) = images.items()
+        if spec.dtype == tf.uint8 or own is not Experiment.from_pixels:
+            return name, spec
+        what = "in an unknown range"
     raise ConfigError(
-        f"`input` ({experiment.config.input}) is images, and those of the training data "
-        f"are {what}: {images}.",
+        f"`input` ({experiment.config.input}) is images, and those of the training "
+        f"data are {what}: {images}.",
         "Define `from_pixels` or `read_input` in the experiment.")
 
 
