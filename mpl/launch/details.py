@@ -70,7 +70,7 @@ class Details:
         config, graph = self._experiment.config, self._experiment.trainer.graph
         flags = [(field.name, written(getattr(config, field.name)))
                  for field in fields_of(type(config))]
-        parameters = [
+        parameters: list[tuple] = [
             (name + entry.key, shape := entry.value.shape, bucket.kind.master.name,
              bucket.kind.compute.name, f"{name}{number}", shape.num_elements())
             for name, optimizer in self._optimizers.items()

@@ -22,7 +22,7 @@ def write(
     experiment: Experiment, path: str, predictor: Callable[[Mapping[str, Any]], Any],
     specs: Mapping[str, tf.TensorSpec] | None = None,
 ) -> int:
-    """Writes predictions to an .npz file, and of image files their names as `file`.
+    """Writes predictions to an .npz file, and of images the names as `image_file`.
 
     Args:
         experiment: says what to read, see `examples`.
@@ -45,7 +45,7 @@ def write(
     arrays = tf.nest.map_structure(lambda *part: np.concatenate(part), *parts)
     arrays = arrays if isinstance(arrays, dict) else {"predictions": arrays}
     count, buffer = len(tf.nest.flatten(arrays)[0]), io.BytesIO()
-    np.savez(buffer, **arrays, **({"file": np.array(names)} if names else {}))
+    np.savez(buffer, **arrays, **({"image_file": np.array(names)} if names else {}))
     with tf.io.gfile.GFile(f"{path}.tmp", "wb") as file:
         file.write(buffer.getvalue())
     tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)

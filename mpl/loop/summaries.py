@@ -82,7 +82,8 @@ def _is_before(step: int, event: Any) -> bool:
 
 def _keep(directory: str, condition: Callable[[Any], bool]) -> None:
     """Deletes the other events from the files in a directory, not in those below."""
-    for path in tf.io.gfile.glob(os.path.join(directory, "*.tfevents.*")):
+    _, _, names = next(tf.io.gfile.walk(directory), ("", [], []))
+    for path in [os.path.join(directory, n) for n in names if ".tfevents." in n]:
         records, kept = [], []
         with contextlib.suppress(tf.errors.DataLossError):  # its writer was killed
             for record in tf.data.TFRecordDataset(path).as_numpy_iterator():

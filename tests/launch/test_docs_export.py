@@ -110,7 +110,8 @@ def served(signature, body):
     return {"predictions": [dict(zip(outputs, row)) for row in zip(*outputs.values())]}
 
 
-def test_the_servers_request(run):
+def test_the_servers_request(run, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     loaded = tf.saved_model.load(f"{run}/export")
     requests = []
 

@@ -1,17 +1,17 @@
 """How often Python waits for the device: once a block, and by default once a log."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import mpl
 from mpl.launch import session
+from mpl.loop.inner_loop import InnerLoop
 
 
 class Line(mpl.Experiment):
     def build_model(self):
-        import keras
-
         return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
 
     def build_data(self, split, context):
@@ -28,21 +28,20 @@ class Reads:
     def __init__(self, monkeypatch, device):
         self.events = []
         kind = type(tf.constant(0))
-        read, train = kind._numpy, mpl.Trainer.train
+        read, run = kind._numpy, InnerLoop.run
 
         def noted_read(tensor):
             if tensor.device.endswith(device):
                 self.events.append("read")
             return read(tensor)
 
-        def noted_train(trainer, num_steps):
+        def noted_run(*args):
             self.events.append("block")
-            result = train(trainer, num_steps)
+            run(*args)
             self.events.append("end")
-            return result
 
         monkeypatch.setattr(kind, "_numpy", noted_read)
-        monkeypatch.setattr(mpl.Trainer, "train", noted_train)
+        monkeypatch.setattr(InnerLoop, "run", noted_run)
 
     def start(self, step, total_steps): ...
 

@@ -136,9 +136,9 @@ def test_what_is_written(tmp_path):
         Reader(tmp_path), out, lambda batch: batch["image"][:, 0, 0, 0], IMAGE)
     assert first == 3 and not (tmp_path / "out.npz.tmp").exists()
     with np.load(out) as arrays:
-        assert sorted(arrays) == ["file", "predictions"]
+        assert sorted(arrays) == ["image_file", "predictions"]
         assert arrays["predictions"].tolist() == [0, 1, 2]
-        assert arrays["file"][1] == str(tmp_path / "b.png")
+        assert arrays["image_file"][1] == str(tmp_path / "b.png")
     (tmp_path / "input.npz").write_bytes(GOOD)
     reader = Reader(tmp_path / "input.npz")
     predictions.write(reader, out, lambda batch: {"double": 2 * batch["x"]})
