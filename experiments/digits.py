@@ -59,6 +59,9 @@ class Digits(mpl.Experiment):
     def predict(self, batch):
         return tf.nn.softmax(self.model(batch["image"], training=False))
 
+    def from_pixels(self, pixels):  # of image files; the data have 17 grey levels
+        return (pixels / 255 * 16).round()
+
 
 if __name__ == "__main__":
     mpl.run(Digits)

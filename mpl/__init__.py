@@ -3,7 +3,7 @@
 from mpl.data import ArraySource, DataContext, DatasetSource, FileSource
 from mpl.errors import CheckpointError, ClusterError, ConfigError, NonFiniteError
 from mpl.experiment import Experiment
-from mpl.launch.app import run
+from mpl.launch.app import load_predictor, run
 from mpl.launch.config import RunConfig
 from mpl.launch.option import option
 from mpl.loop.actions import (
@@ -20,7 +20,6 @@ from mpl.loop.trainer import Trainer, TrainerOptions
 from mpl.precision.cast import cast_floating
 from mpl.precision.loss_scale import DynamicLossScale, NoLossScale, StaticLossScale
 from mpl.precision.policy import Policy, get_policy
-from mpl.record.export import load_predictor
 from mpl.step.gradients import accumulate, apply_together
 from mpl.step.loss_scale_optimizer import LossScaleOptimizer
 from mpl.step.master_weights import MasterWeights

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -36,6 +36,9 @@ class Experiment:
 
     Attributes:
       Config: the settings, a subclass of `RunConfig`; None: `RunConfig` itself.
+      images: a method, where wanted: `images(batch)` returns images to show after each
+        evaluation by name, `[n, height, width, channels]` in uint8 or floats in [0, 1];
+        of the first 16 examples, for which it may call `predict`.
       policy_overrides: from pattern of a layer's path to the name of its policy.
       ranges: the lowest and the highest value allowed, by the name of a feature or
         label: `{"label": (0, 9)}`. Floats must be finite anyway.
@@ -48,6 +51,7 @@ class Experiment:
     """
 
     Config: Any = None
+    images: Any = None
     policy_overrides: Mapping[str, str] = {}
     ranges: data_lib.Ranges = {}
     accumulates = False
@@ -91,6 +95,27 @@ class Experiment:
             f"{type(self).__name__} has no `predict`.",
             "Define `predict(self, batch)`; it returns what the model says of a batch.",
         )
+
+    def read_input(self, path: str) -> Iterable[Mapping[str, np.ndarray]] | None:
+        """Returns the examples in a file or folder, batch by batch, to predict them.
+
+        They are dicts of arrays `[n, ...]`, as the training data but for labels.
+
+        Args:
+          path: what `--input` says.
+
+        Returns:
+          Any iterable; None: mpl reads it, as an .npz file of arrays, or as images.
+        """
+        return None
+
+    def from_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns the pixels of an image file in the range of the training data.
+
+        Args:
+          pixels: uint8 `[height, width, channels]`, 0 to 255, of the size trained on.
+        """
+        return pixels
 
     def build_optimizer(self, config: Any) -> keras.optimizers.Optimizer:
         """Returns the inner Keras optimizer, from the flags by default."""
@@ -165,7 +190,7 @@ class Experiment:
 
     def compiled(self, function: Callable) -> Callable:
         """Returns the function under XLA, if the run asks for it."""
-        if not self._jit_compile and self.trainer.variant != "compiled":
+        if not self._jit_compile and "compiled" not in self.trainer.variant:
             return function
         status = tf.__internal__.autograph.control_status_ctx().status
         own = status.name == "ENABLED"  # AutoGraph rewrites a `train_step` of a user's

@@ -1,6 +1,8 @@
 """The loops that run an experiment's steps."""
 
+import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -11,15 +13,20 @@ from mpl.loop import evaluator as evaluator_lib
 from mpl.loop import trainer as trainer_lib
 from mpl.loop.inner_loop import converted
 
+_SHOWN = 16  # images, at most
+
 
 class ExperimentTrainer(trainer_lib.Trainer):
     """Runs an experiment's `train_step`.
 
     Attributes:
       jit_trial: decides which steps are compiled; None: the settings do.
+      watches: each cuts blocks where `ahead(step)` steps end, and is a context around
+        the steps up to `end`, `around(end)`.
     """
 
     jit_trial: Any = None
+    watches: Sequence[Any] = ()
 
     def __init__(self, experiment: Any):
         eager = experiment.config.debug_eager
@@ -48,15 +55,33 @@ class ExperimentTrainer(trainer_lib.Trainer):
             self._experiment.global_step.assign_add(1)
 
     def train(self, num_steps: Any = -1) -> Any:
+        if not self.watches or num_steps < 0:
+            return self._train_block(num_steps)
+        step = first = int(self._experiment.global_step)
+        while left := first + int(num_steps) - step:
+            length = min([left, *(watch.ahead(step) for watch in self.watches)])
+            with contextlib.ExitStack() as stack:
+                for watch in self.watches:
+                    stack.enter_context(watch.around(step + length))
+                self._train_block(length)
+            step += self.steps_done
+            if self.steps_done < length:
+                break
+        self._loop.done.assign(step - first)
+
+    def _train_block(self, num_steps: Any) -> Any:
         if self.jit_trial is None or num_steps < 0:
             return self._train_part(num_steps)
         done = self.jit_trial.train(self._train_part, int(num_steps))
         self.loop.done.assign(done)
 
     def _train_part(self, num_steps: Any) -> Any:
+        before, optimizers = self.variant, tf.nest.flatten(self._experiment.optimizer)
+        self.variant += "+gradients" * any(each.kept for each in optimizers)
         try:
             return super().train(num_steps)
         finally:  # whatever ended the block, the model shows what was trained
+            self.variant = before
             for weights in tf.nest.flatten(self._experiment.weights):
                 weights.publish()
 
@@ -78,6 +103,11 @@ class ExperimentTrainer(trainer_lib.Trainer):
             "--policy=mixed_bfloat16 or float32.",
         )
 
+    @property
+    def graph(self) -> Any:
+        """The graph of the step as it was traced last; None: it was not."""
+        return getattr(self._loop, "graph", None)
+
     def report(self) -> dict[str, Any]:
         return self._experiment.train_report()
 
@@ -97,7 +127,8 @@ class ExperimentEvaluator(evaluator_lib.Evaluator):
                 pipeline.dataset(**experiment.shard), experiment.strategy),
             options,
         )
-        self._experiment = experiment
+        self._experiment, self._split, self._drawn = experiment, split, False
+        self._sample: dict[str, tf.Tensor] = {}
 
     def eval_begin(self) -> None:
         self._experiment.eval_metrics.reset()
@@ -107,4 +138,21 @@ class ExperimentEvaluator(evaluator_lib.Evaluator):
         converted(self._experiment.eval_step)(iterator)
 
     def eval_end(self, state: Any = None) -> dict[str, tf.Tensor]:
+        if tf.summary.should_record_summaries():
+            self._show()
         return self._experiment.eval_metrics.result()
+
+    def _show(self) -> None:
+        """Writes the graph of the step, once, and images."""
+        experiment, graph = self._experiment, getattr(self._loop, "graph", None)
+        if graph is not None and not self._drawn:
+            self._drawn = tf.summary.graph(graph)
+        if experiment.images is None:
+            return
+        if not self._sample:
+            first = next(iter(experiment.pipelines[self._split].dataset()))
+            self._sample = {name: value[:_SHOWN] for name, value in first.items()}
+        with experiment.bound_for_inference():
+            images = experiment.images(self._sample)
+        for name, values in images.items():
+            tf.summary.image(name, values, max_outputs=_SHOWN)

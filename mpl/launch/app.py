@@ -5,7 +5,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,11 +17,12 @@ from absl import logging
 from mpl import data, distribute, errors
 from mpl.errors import ConfigError
 from mpl.experiment import Experiment
-from mpl.launch import flags, identity, workdir
+from mpl.launch import flags, identity, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, RunConfig, merged
+from mpl.launch.details import watching
 from mpl.launch.intervals import intervals
-from mpl.launch.session import Results, Session, metric_names, python
-from mpl.record import pretrained
+from mpl.launch.session import Results, Session, metric_names, python, result_line
+from mpl.record import SavedPredictor, pretrained
 
 _ERRORS = (
     ConfigError, errors.CheckpointError, errors.ClusterError, errors.NonFiniteError
@@ -138,6 +139,8 @@ def execute(
         alone = dataclasses.replace(config, strategy="auto") if cluster else config
         _strategy(alone, None)
         return {}
+    if config.saved_model is not None:
+        return _predict_saved(experiment_class(), config)
     timeout = config.cluster_timeout
     servers = cluster if cluster and cluster.has_servers else None
     if servers and servers.job != "chief":
@@ -151,6 +154,54 @@ def execute(
         experiment = experiment_class()
         experiment.peers = peers
         return _execute(experiment, config, defaults, given, cluster, start)
+
+
+def _predict_saved(experiment: Experiment, config: RunConfig) -> Results:
+    """Predicts with a SavedModel; the experiment, never set up, reads the input."""
+    distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
+    experiment.config, path = config, config.output or "predictions.npz"
+    predictor = SavedPredictor(config.saved_model or "")
+    count = predictions.write(experiment, path, predictor, predictor.specs)
+    print(f"Predictions for {count} examples are in {path}")
+    print(result_line(experiment.name, {"predictions": count}), flush=True)
+    return {}
+
+
+def load_predictor(
+    path: str | os.PathLike[str], experiment_class: type[Experiment] | None = None,
+    **settings: Any,
+) -> Callable[[Mapping[str, Any]], Any]:
+    """Returns a function that predicts with an export or with a run.
+
+    It takes a dict of arrays `[n, ...]` by feature name and returns an array
+    `[n, ...]`, or a dict of arrays where the model has several outputs.
+
+    Args:
+        path: an export, the folder that --mode=export wrote; or, with
+            `experiment_class`, the folder of a run or the path of one of its
+            checkpoints.
+        experiment_class: class of the run's experiment. It is set up as for training,
+            so that its data must be there.
+        **settings: values for the run instead of those it began with.
+
+    Raises:
+        ConfigError: there is no export or run of this experiment.
+        CheckpointError: it cannot be read.
+    """
+    path = os.fspath(path)
+    if experiment_class is None:
+        return SavedPredictor(path)
+    config_class, experiment = experiment_class.Config or RunConfig, experiment_class()
+    folder, _, checkpoint = path.partition("/checkpoints/")
+    here = {"mode": "predict", "workdir": folder, "strategy": "one_device",
+            "num_devices": None, **settings}  # fmt: skip
+    config = merged(config_class, here)
+    workdir.find_run(config, experiment.name)
+    record = workdir.recorded(config_class, workdir.read_flagfile(folder))
+    config = merged(config_class, record, here)
+    experiment.setup(config, distribute.get_strategy(config.strategy))
+    Session(experiment, folder).restore(path if checkpoint else None)
+    return experiment.predictor()
 
 
 def _execute(
@@ -183,6 +234,7 @@ def _execute(
         with (
             workdir.lock(path) if trains else contextlib.nullcontext(),
             data.naming_damage(experiment.pipelines.values()),
+            watching(experiment, path),
         ):
             return Session(experiment, path, start, record).go()
 

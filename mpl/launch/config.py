@@ -70,6 +70,8 @@ class RunConfig:
         init_from: checkpoint from which a new run takes its weights.
         log_every_steps: steps between lines of training metrics.
         summary_every_steps: steps between TensorBoard points.
+        histogram_every_steps: steps between histograms in TensorBoard.
+        profile_steps: FIRST,LAST: the steps to profile.
         seed: of weights, dropout and data order.
         deterministic: equal bits in every repetition, at some cost in speed.
         optimizer: name of a Keras optimizer.
@@ -88,6 +90,8 @@ class RunConfig:
         max_consecutive_skips: non-finite steps in a row that end the run.
         preemption_signal: signal that, beside SIGTERM, asks the run to end.
         watchdog_secs: seconds without a step after which a run that hangs is ended.
+        export_weights: dtype in which an export stores the weights.
+        saved_model: an export to predict with.
         input: file of examples to predict.
         output: file for predictions, or folder for an export.
     """
@@ -177,6 +181,13 @@ class RunConfig:
     summary_every_steps: int | None = _setting(
         None, "Steps between TensorBoard points; 0: no points. none: as the log.",
         minimum=0)
+    histogram_every_steps: int | None = _setting(
+        None, "Steps between histograms of weights and gradients in TensorBoard; "
+        "gradients take as much memory again as weights. none: no histograms.",
+        minimum=1)
+    profile_steps: str | None = _setting(
+        None, "FIRST,LAST: write a TensorFlow profile of these steps, counted from 1, "
+        "into the workdir. none: no profile.")
     seed: int = option(
         0, "Seed of weights, dropout and data order.", minimum=0, maximum=2**31 - 1)
     deterministic: bool = _setting(
@@ -222,10 +233,19 @@ class RunConfig:
         None, "After so many seconds without a step print what all threads do, and "
         "exit with code 43; what is compiled, saved or exported has ten times as long.",
         above=0)
+    export_weights: str = _setting(
+        "float32", "For export: float32 weights and computation; compute: both as in "
+        "training, the weights stored in the compute dtype.",
+        choices=("float32", "compute"))
+    saved_model: str | None = _setting(
+        None, "For predict: folder of an export to predict --input with; it needs no "
+        "run. none: the run's weights.")
     input: str | None = _setting(
-        None, "For predict: an .npz file of arrays by name. none: the test data.")
+        None, "For predict: an .npz file of arrays by name, an image, a folder of "
+        "images, or what the experiment reads. none: the test data.")
     output: str | None = _setting(
-        None, "For predict a file, for export a folder. none: in the workdir.")
+        None, "For predict an .npz file, for export a folder. none: in the workdir; "
+        "with --saved_model, predictions.npz.")
     # fmt: on
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -258,11 +278,22 @@ class RunConfig:
                     f"`{first}` ({getattr(self, first)}) and `{second}` "
                     f"({getattr(self, second)}) say the same thing: set one at most.",
                     f"Leave one out, or unset it: --{second}=none.")
-        for name, modes in (("input", "predict"), ("output", "predict or export")):
+        for name, modes in (("input", "predict"), ("saved_model", "predict"),
+                            ("output", "predict or export")):
             if getattr(self, name) is not None and self.mode not in modes.split():
                 raise ConfigError(
                     f"`{name}` ({getattr(self, name)}) goes with `mode` {modes} only.",
                     "Leave it out, or use --mode=predict.")
+        if self.profile_steps is not None:
+            parse_profile_steps(self.profile_steps)
+        for name, needed, without in (
+            ("saved_model", "input", None),
+            ("histogram_every_steps", "summary_every_steps", 0),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) == without:
+                raise ConfigError(
+                    f"`{name}` ({getattr(self, name)}) needs `{needed}`, which is "
+                    f"{str(without).lower()}.", f"Set --{needed}, or leave both out.")
         for name, parse in (("early_stop", parse_early_stop),
                             ("best_metric", parse_best_metric)):
             if (text := getattr(self, name)) is not None:
@@ -319,6 +350,20 @@ def parse_best_metric(text: str) -> tuple[str, str]:
             "Write for example --best_metric=accuracy:max.",
         )
     return metric, mode
+
+
+def parse_profile_steps(text: str) -> tuple[int, int]:
+    """Reads FIRST,LAST.
+
+    Raises:
+        ConfigError: the text is not of this form.
+    """
+    first, _, last = text.partition(",")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise ConfigError(
+        f"`profile_steps` ({text}) must be FIRST,LAST with 1 <= FIRST <= LAST.",
+        "Write for example --profile_steps=101,110.")
 
 
 def better(metric: str) -> str:

@@ -21,7 +21,7 @@ from mpl.launch.option import written
 from mpl.loop.inner_loop import counter
 from mpl.loop.interrupt import end_if
 from mpl.record.checkpoint import Checkpoints
-from mpl.record.export import load_predictor
+from mpl.record.export import SavedPredictor
 from mpl.record.goodput import Goodput
 from mpl.record.metrics_log import MetricsWriter
 from mpl.record.progress import Progress
@@ -30,7 +30,7 @@ Results = dict[str, dict[str, float]]
 _POLL_SECS = 10.0  # how often continuous_eval asks whether training is complete
 _WATCHED = ("early_stop", "best_metric")
 _FILES = (
-    "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "export",
+    "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "profile", "export",
     "predictions.npz",
 )  # fmt: skip
 
@@ -224,14 +224,17 @@ class Session:
         controller = self._controller("validation")
         controller.evaluate_continuously(timeout=_POLL_SECS, timeout_fn=complete)
 
-    def restore(self) -> None:
+    def restore(self, path: str | None = None) -> None:
         """Restores the best checkpoint of a run with early stopping, else the last.
+
+        Args:
+            path: restores this checkpoint instead.
 
         Raises:
             CheckpointError: there is none yet.
         """
         best = self.best.latest if self.config.early_stop else None
-        if self._restore(self._controller(), best) is None:
+        if self._restore(self._controller(), path or best) is None:
             cause = f"`workdir` ({self.path}) holds no checkpoint yet."
             raise CheckpointError(cause, "Wait for the first one, or train there.")
         self._print(f"Restored step {self._step()} of {self.path}")
@@ -258,23 +261,26 @@ class Session:
     def export(self) -> None:
         """Writes a SavedModel, reloads it, and says how far its predictions are off."""
         self._watchdog.enter("export")
-        path = self.experiment.export(self.config.output or self._file("export"))
-        batch = next(predictions.batches(self.experiment))
+        dtype, path = self.config.export_weights, self.config.output
+        path = self.experiment.export(path or self._file("export"), dtype)
+        batch = next(predictions.examples(self.experiment)[1])
         pairs = zip(
-            tf.nest.flatten(load_predictor(path)(batch)),
+            tf.nest.flatten(SavedPredictor(path)(batch)),
             tf.nest.flatten(self.experiment.predictor()(batch)),
         )
         largest = max(float(np.max(np.abs(a - b))) for a, b in pairs)
         self._print(
-            f"Exported to {path}; float32 export against "
+            f"Exported to {path}; {dtype} export against "
             f"{self.experiment.policy.name} training: largest difference {largest:.1e}"
         )
         self._said = {"step": self._step()}
 
     def predict(self) -> None:
-        """Writes predictions for the input file, or the test data, as an .npz file."""
+        """Writes predictions for the input, or the test data, as an .npz file."""
         path = self.config.output or self._file("predictions.npz")
-        count = predictions.write(self.experiment, path, self._goes_on)
+        predictor = self.experiment.predictor()
+        count = predictions.write(
+            self.experiment, path, predictor, goes_on=self._goes_on)
         if count is not None:
             self._print(f"Predictions for {count} examples are in {path}")
             self._said = {"predictions": count}

@@ -23,8 +23,8 @@ LATEST = "latest"
 FLAGFILE = "flagfile.txt"
 # What concerns one command and not the run.
 PER_COMMAND = (
-    "workdir", "resume", "allow_changed_flags", "input", "output", "device_report",
-    "visible_devices", "gpu_memory_limit_mb", "tpu", "cluster_timeout",
+    "workdir", "resume", "allow_changed_flags", "input", "output", "saved_model",
+    "device_report", "visible_devices", "gpu_memory_limit_mb", "tpu", "cluster_timeout",
 )  # fmt: skip
 
 
@@ -167,6 +167,12 @@ def read_flagfile(workdir: str) -> dict[str, str]:
     return {name: text for name, text in pairs.items() if name != "mode"}
 
 
+def recorded(config_class: type[RunConfig], record: Mapping[str, str]) -> dict:
+    """Returns the values of a record of `read_flagfile`, but for unknown flags."""
+    fields = fields_of(config_class)
+    return {f.name: read(f, record[f.name]) for f in fields if f.name in record}
+
+
 def facts_of(experiment: Experiment) -> dict[str, str]:
     """Returns what a flagfile says of an experiment beyond its flags, by name."""
     examples = written(experiment.num_examples["train"])
@@ -219,7 +225,7 @@ def go_on(
         ConfigError: training would go on with other mathematics, see `accept`.
     """
     fields = {field.name: field for field in fields_of(config_class)}
-    old = {name: read(fields[name], record[name]) for name in record if name in fields}
+    old = recorded(config_class, record)
     new = {n: v for n, v in given.items() if (n, v) != ("policy", "auto")}
     config = merged(config_class, defaults, old, new)
     changes = []

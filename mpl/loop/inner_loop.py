@@ -97,6 +97,7 @@ class InnerLoop:
         one_graph: Whether a traced step is part of the loop's own graph, see above.
         done: int64 variable, how many steps the last `run` finished.
         halt: boolean variable; true, set by any thread, ends `run` before a step.
+        graph: Of the step as it was traced last; None: it was not.
         data_ended: Whether the last `run` ended because the data did.
         state: Of `reduce`.
     """
@@ -122,6 +123,7 @@ class InnerLoop:
             self.halt = tf.Variable(False, trainable=False)
         self.iterators: Any = None
         self.state: Any = None
+        self.graph: Any = None
         self.one_graph = False
         self.waits = False
 
@@ -191,6 +193,7 @@ class InnerLoop:
             self.state = self._reduce(self.state, output)
 
     def _run_step(self, iterators: Any, variant: str) -> Any:
+        self.graph = _graph() if tf.inside_function() else None
         apart = tf.inside_function() and not self.one_graph
         around = _graph() if apart else None
         takes = [_taker(each, self.waits) for each in tf.nest.flatten(iterators)]

@@ -4,7 +4,7 @@ Next: nothing; here state leaves the process, or comes back into it.
 """
 
 from mpl.record.checkpoint import Checkpoints
-from mpl.record.export import export_saved_model, load_predictor
+from mpl.record.export import SavedPredictor, export_saved_model
 from mpl.record.goodput import Goodput
 from mpl.record.metrics_log import MetricsWriter
 from mpl.record.pretrained import init_from
@@ -15,7 +15,7 @@ __all__ = [
     "Goodput",
     "MetricsWriter",
     "Progress",
+    "SavedPredictor",
     "export_saved_model",
     "init_from",
-    "load_predictor",
 ]

@@ -86,37 +86,43 @@ def export_saved_model(
     return path
 
 
-def load_predictor(path: str | os.PathLike[str]) -> Callable[[Mapping[str, Any]], Any]:
-    """Returns a function that predicts with a SavedModel of `export_saved_model`.
+class SavedPredictor:
+    """Predicts with a SavedModel of `export_saved_model`.
 
-    It takes a dict of arrays `[batch, ...]` by feature name, of any batch size above 0;
-    other names, such as a label's, are passed over. It returns an array, or a dict of
-    arrays where the model has several outputs.
+    It is called with a dict of arrays `[batch, ...]` by feature name, of any batch size
+    above 0; other names, such as a label's, are passed over. It returns an array, or a
+    dict of arrays where the model has several outputs.
+
+    Attributes:
+        specs: Shape and dtype of each feature by name.
 
     Raises:
         ConfigError: `path` is no SavedModel; later, a feature is missing or of another
             shape.
         CheckpointError: The SavedModel cannot be read.
     """
-    path = os.fspath(path)
-    if not tf.saved_model.contains_saved_model(path):
-        cause = f"`path` ({path}) is no SavedModel: it holds no saved_model.pb."
-        raise ConfigError(cause, "Give the directory that --mode=export wrote.")
-    try:
-        loaded = tf.saved_model.load(path)
-        specs = loaded.signatures["serving_default"].structured_input_signature[1]
-    except (tf.errors.OpError, OSError, KeyError) as error:
-        cause = f"The SavedModel `{path}` cannot be read: {error}"
-        raise CheckpointError(cause, "Export it with --mode=export.") from error
 
-    def predict(batch: Mapping[str, Any]) -> Any:
-        features = {name: _feature(batch, name, spec) for name, spec in specs.items()}
-        # Through `loaded`: a signature alone does not keep its variables alive.
-        tensors = loaded.signatures["serving_default"](**features)
+    def __init__(self, path: str | os.PathLike[str]):
+        path = os.fspath(path)
+        if not tf.saved_model.contains_saved_model(path):
+            cause = f"`path` ({path}) is no SavedModel: it holds no saved_model.pb."
+            remedy = "Give the folder that --mode=export wrote; for a run, its class."
+            raise ConfigError(cause, remedy)
+        try:
+            # Kept: a signature alone does not keep its variables alive.
+            self._loaded = tf.saved_model.load(path)
+            signature = self._loaded.signatures["serving_default"]
+        except (tf.errors.OpError, OSError, KeyError) as error:
+            cause = f"The SavedModel `{path}` cannot be read: {error}"
+            raise CheckpointError(cause, "Export it with --mode=export.") from error
+        self._signature = signature
+        self.specs: dict[str, tf.TensorSpec] = signature.structured_input_signature[1]
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        specs = self.specs.items()
+        tensors = self._signature(**{n: _feature(batch, n, spec) for n, spec in specs})
         outputs = {name: tensor.numpy() for name, tensor in tensors.items()}
         return outputs[_ONLY_OUTPUT] if outputs.keys() == {_ONLY_OUTPUT} else outputs
-
-    return predict
 
 
 def _feature(batch: Mapping[str, Any], name: str, spec: tf.TensorSpec) -> tf.Tensor:

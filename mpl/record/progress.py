@@ -4,7 +4,7 @@ import atexit
 import datetime
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 # Values of a train report that describe the step, not the model.
@@ -115,6 +115,17 @@ class Progress:
             self._live.console.print(line, soft_wrap=True)
         else:
             self._live.update(line, refresh=True)
+
+
+def tracked(batches: Iterable, total: int | None, text: str) -> Iterable:
+    """Returns batches that move a bar, where output is a terminal and rich is there."""
+    if not sys.stdout.isatty():
+        return batches
+    try:
+        from rich.progress import track
+    except ImportError:
+        return batches
+    return track(batches, text, total)
 
 
 def _joined(values: Mapping[str, Any]) -> str:

@@ -73,6 +73,11 @@ def apply_together(
         finite = first(finite)
         weights = [first(part.sums[1]) for part in parts if part.sums]
 
+        for optimizer, part in zip(optimizers, parts):
+            for kept, gradient in zip(optimizer.kept, part.gradients):
+                if kept is not None:
+                    strategy.extended.update(kept, _assign, (gradient,), group=False)
+
         def active() -> tf.Tensor:
             flags = [weight != 0 for weight in weights] or [tf.constant(True)]
             return functools.reduce(tf.logical_and, flags)
@@ -103,6 +108,10 @@ def apply_together(
 
     parts = [dict(vars(part)) for part in prepared]
     context.merge_call(commit, args=(parts, finite))
+
+
+def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
+    variable.assign(value)
 
 
 def _first_of(strategy: tf.distribute.Strategy) -> Callable:

@@ -54,6 +54,8 @@ class LossScaleOptimizer(tf.Module):
 
     Attributes:
       averages: moving averages laid out like the masters; empty without `ema_decay`.
+      kept: variables laid out like the masters, in which a step leaves its gradients
+        before clipping; None for those not wanted. Empty, unless set before a trace.
       applied_steps: int64, updates made; schedules follow it.
       skipped_steps: int64, updates refused as not finite.
       consecutive_skips: int64, refused since the last update made.
@@ -92,6 +94,7 @@ class LossScaleOptimizer(tf.Module):
         self.share = self.loss_scale.register()
         self.buckets: list[bucket_lib.Bucket] = []
         self.averages: list[tf.Variable] = []
+        self.kept: list[tf.Variable | None] = []
         self._skips = _host_variable(np.int64(0), "skips")
         # Position of the last bad value, whether it was NaN.
         self._bad = _host_variable(np.zeros(2, np.int64), "bad")

@@ -59,7 +59,7 @@ SIGNATURES = {
     "apply_together": "updates",
     "cast_floating": "tree, dtype",
     "get_policy": "name, overrides=",
-    "load_predictor": "path",
+    "load_predictor": "path, experiment_class=, settings",
     "option": (
         "default, help, *choices=, *minimum=, *above=, *maximum=, *below=, *math="
     ),

@@ -59,3 +59,61 @@ def test_without_a_directory_nothing_is_written(tmp_path):
         tf.summary.scalar("mine", 1.0)  # where the caller wants it
     own.flush()
     assert scalars_in(tmp_path) == {("mine", 7): 1.0}
+
+
+def steps_in(directory):
+    return sorted(step for _, step in scalars_in(directory))
+
+
+def test_a_run_that_goes_on_writes_no_step_twice(tmp_path):
+    def life(first, last):
+        """Trains with a point each step, and evaluates at the end."""
+        step = tf.Variable(first, dtype=tf.int64)
+        summaries = Summaries(step, str(tmp_path / "train"), str(tmp_path))
+        for number in range(first, last):
+            with summaries.to("train"):
+                tf.summary.scalar("inside", float(number))
+            step.assign(number + 1)
+            summaries.write("train", {"after": float(number)})
+        summaries.write("validation", {"loss": float(last)})
+
+    life(0, 5)
+    life(3, 4)  # killed after 4 it left nothing of 5
+    assert steps_in(tmp_path / "train") == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert steps_in(tmp_path / "validation") == [4]
+    life(4, 6)
+    found = scalars_in(tmp_path / "train")
+    assert found == {
+        **{("inside", n): float(n) for n in range(6)},
+        **{("after", n + 1): float(n) for n in range(6)},
+    }
+    files = [path.name for path in (tmp_path / "train").iterdir()]
+    assert all(".tfevents." in name for name in files)
+    records = sum(1 for name in files
+                  for _ in tf.data.TFRecordDataset(str(tmp_path / "train" / name)))
+    assert records == len(found) + len(files)  # each begins with its version
+
+
+def test_an_evaluation_of_an_older_step_leaves_later_ones_alone(tmp_path):
+    def evaluate(number, value):
+        summaries = Summaries(tf.Variable(number, dtype=tf.int64), None, str(tmp_path))
+        summaries.write("test", {"loss": value})
+
+    for number in (3, 6, 9):
+        evaluate(number, 1.0)
+    evaluate(6, 2.0)
+    assert scalars_in(tmp_path / "test") == {
+        ("loss", 3): 1.0, ("loss", 6): 2.0, ("loss", 9): 1.0}
+
+
+def test_a_file_whose_writer_was_killed_is_kept_as_far_as_it_goes(tmp_path):
+    step = tf.Variable(0, dtype=tf.int64)
+    summaries = Summaries(step, str(tmp_path), None)
+    for number in (1, 2, 3):
+        step.assign(number)
+        summaries.write("train", {"loss": 0.5})
+    (path,) = tmp_path.glob("*.tfevents.*")
+    path.write_bytes(path.read_bytes()[:-3])
+    step.assign(1)
+    Summaries(step, str(tmp_path), None).write("train", {"other": 1.0})
+    assert scalars_in(tmp_path) == {("loss", 1): 0.5, ("other", 1): 1.0}

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from mpl.errors import CheckpointError, ConfigError
-from mpl.record.export import export_saved_model, load_predictor
+from mpl.record.export import SavedPredictor, export_saved_model
 
 SPEC = {"image": tf.TensorSpec([4, 4, 1], tf.uint8), "size": tf.TensorSpec([])}
 INFO = {"policy": "mixed_bfloat16", "step": 7, "metrics": ["accuracy"]}
@@ -75,10 +75,10 @@ def test_a_fresh_process_predicts_alike(tmp_path):
     np.savez(tmp_path / "batch.npz", **batch_of(5))
     code = """if True:
         import sys, numpy as np
-        from mpl.record.export import load_predictor
+        from mpl.record.export import SavedPredictor
         folder, *names = sys.argv[1:]
         batch = dict(np.load(f"{folder}/batch.npz"))
-        outputs = {name: load_predictor(f"{folder}/{name}")(batch) for name in names}
+        outputs = {name: SavedPredictor(f"{folder}/{name}")(batch) for name in names}
         np.savez(f"{folder}/outputs.npz", **outputs)
     """
     command = [sys.executable, "-c", code, str(tmp_path), *expected]
@@ -92,7 +92,7 @@ def test_a_fresh_process_predicts_alike(tmp_path):
 
 def test_any_batch_size_and_names_that_are_no_features(tmp_path):
     model = model_of()
-    predict = load_predictor(export_float32(str(tmp_path / "export"), model))
+    predict = SavedPredictor(export_float32(str(tmp_path / "export"), model))
     for size in (1, 2, 9):
         batch = batch_of(size)
         outputs = predict({**batch, "label": np.zeros(size)})
@@ -120,7 +120,7 @@ def test_several_outputs_come_back_by_name(tmp_path):
 
     spec = {"x": tf.TensorSpec([2])}
     export_saved_model(scale, predict, spec, tmp_path / "e", run="r", info={})
-    outputs = load_predictor(tmp_path / "e")({"x": [[1.0, -3.0]]})
+    outputs = SavedPredictor(tmp_path / "e")({"x": [[1.0, -3.0]]})
     np.testing.assert_array_equal(outputs["double"], [[2.0, -6.0]])
     np.testing.assert_array_equal(outputs["sign"], [[1.0, -1.0]])
 
@@ -141,9 +141,9 @@ def test_replaces_an_export_of_the_same_run_only(tmp_path):
         variable.assign(tf.zeros_like(variable))
     with pytest.raises(ConfigError, match="is not an export of this run"):
         export_float32(path, model, run="run 2")
-    assert np.ptp(load_predictor(path)(batch_of(1))) > 0  # the old one still
+    assert np.ptp(SavedPredictor(path)(batch_of(1))) > 0  # the old one still
     export_float32(path, model)
-    assert np.ptp(load_predictor(path)(batch_of(1))) == 0
+    assert np.ptp(SavedPredictor(path)(batch_of(1))) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["export"]
 
 
@@ -169,7 +169,7 @@ def test_a_failed_export_keeps_the_old_one(tmp_path):
 
     with pytest.raises(AssertionError, match="untracked"):
         export_saved_model(model, predict, SPEC, path, run="run 1", info=INFO)
-    assert load_predictor(path)(batch_of(2)).shape == (2, 3)
+    assert SavedPredictor(path)(batch_of(2)).shape == (2, 3)
     assert [file.name for file in tmp_path.iterdir()] == ["export"]
 
 
@@ -184,7 +184,7 @@ def test_unwritable_path(tmp_path):
 def test_no_saved_model(tmp_path):
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ConfigError, match="is no SavedModel"):
-            load_predictor(path)
+            SavedPredictor(path)
 
 
 def test_damaged_saved_model(tmp_path):
@@ -192,7 +192,7 @@ def test_damaged_saved_model(tmp_path):
     export_float32(path, model_of())
     (path / "saved_model.pb").write_bytes(b"no proto")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_predictor(path)
+        SavedPredictor(path)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_damaged_saved_model(tmp_path):
     ],
 )
 def test_wrong_features(tmp_path, change, message):
-    predict = load_predictor(export_float32(str(tmp_path / "export"), model_of()))
+    predict = SavedPredictor(export_float32(str(tmp_path / "export"), model_of()))
     batch = {**batch_of(2), **change}
     batch = {name: value for name, value in batch.items() if value is not None}
     with pytest.raises(ConfigError, match=message):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mpl.record.progress import Progress
+from mpl.record.progress import Progress, tracked
 
 TRAIN = {
     "loss": 0.123456,
@@ -151,3 +151,19 @@ def test_a_terminal_without_rich_or_movement_gets_plain_lines(
     progress.train(1, {"loss": 1.0}, 1.0)
     progress.finish(1)
     assert terminal.getvalue() == "step 1/2  loss 1  64 examples/s  ETA 0:00:01\n"
+
+
+def test_batches_move_a_bar_on_a_terminal_only(terminal, plain, monkeypatch):
+    pytest.importorskip("rich")
+    for file in (terminal, plain):
+        monkeypatch.setattr(sys, "stdout", file)
+        assert list(tracked(iter("abcd"), 4, "Predicting")) == list("abcd")
+    assert "Predicting" in terminal.getvalue() and "100%" in terminal.getvalue()
+    assert plain.getvalue() == ""
+
+
+def test_batches_without_rich(terminal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert list(tracked([1, 2], None, "Predicting")) == [1, 2]
+    assert terminal.getvalue() == ""
