@@ -67,7 +67,7 @@ class ExperimentTrainer(trainer_lib.Trainer):
             step += self.steps_done
             if self.steps_done < length:
                 break
-        self._loop.done.assign(step - first)
+        self.loop.done.assign(step - first)
 
     def _train_block(self, num_steps: Any) -> Any:
         if self.jit_trial is None or num_steps < 0:
@@ -106,7 +106,7 @@ class ExperimentTrainer(trainer_lib.Trainer):
     @property
     def graph(self) -> Any:
         """The graph of the step as it was traced last; None: it was not."""
-        return getattr(self._loop, "graph", None)
+        return getattr(self.loop, "graph", None)
 
     def report(self) -> dict[str, Any]:
         return self._experiment.train_report()
@@ -144,7 +144,7 @@ class ExperimentEvaluator(evaluator_lib.Evaluator):
 
     def _show(self) -> None:
         """Writes the graph of the step, once, and images."""
-        experiment, graph = self._experiment, getattr(self._loop, "graph", None)
+        experiment, graph = self._experiment, getattr(self.loop, "graph", None)
         if graph is not None and not self._drawn:
             self._drawn = tf.summary.graph(graph)
         if experiment.images is None:
