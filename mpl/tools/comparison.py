@@ -164,7 +164,8 @@ def _figures(
         "process_secs": measured["secs"],
         "peak_memory_mb": measured["peak_memory_mb"],
         "final": final,
-        "difference": final - peer.run.last(goal.final_split, goal.metric),
+        # Metrics are float32: more digits would be noise.
+        "difference": round(final - peer.run.last(goal.final_split, goal.metric), 7),
         "skipped_steps": run.last("train", "skipped_steps"),
         "at_equal_time": goal.at_equal_time(run),
         "secs_to_target": goal.secs_to_target(run),
