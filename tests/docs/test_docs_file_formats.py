@@ -15,6 +15,7 @@ from experiments.digits import Digits
 from mpl.launch import jit_trial
 from mpl.launch.workdir import PER_COMMAND
 from mpl.record.metrics_log import MetricsWriter
+from mpl.step.metrics import Metrics
 
 PAGE = "file_formats.md"
 
@@ -60,7 +61,7 @@ def test_the_flagfile(run):
     assert f"`{lines[0]}`" in pages.text_of(PAGE)
     assert f"`{lines[1]}`" in pages.text_of(PAGE)
     flags = dict(line.split("=", 1) for line in lines[2:])
-    assert flags["--train_steps"] == "none" and flags["--resume"if False else "--seed"]
+    assert (flags["--train_steps"], flags["--seed"]) == ("none", "0")
     assert flags["--policy"] != "auto" and "--workdir" not in flags
     assert {f"--{name}" for name in PER_COMMAND}.isdisjoint(flags)
 
@@ -177,3 +178,13 @@ def test_export_and_predictions(run):
     assert sorted(os.listdir(run / "export")) == sorted([*named, "mpl_export.json"])
     names = pages.names_of(PAGE, 2)
     assert names["classes"].shape == (360,)
+
+
+def test_no_metric_takes_the_name_of_a_field():
+    table = pages.text_of(PAGE).partition("| field | in lines of | |\n|---|---|---|\n")[2]
+    rows = table.partition("\n\n")[0].splitlines()
+    names = re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in rows))
+    assert len(names) == 16
+    for name in names:
+        with pytest.raises(mpl.ConfigError, match=f"names a metric '{name}'"):
+            Metrics({name: None})

@@ -50,7 +50,7 @@ def test_make_train_is_the_command_that_follows():
     makefile = (pages.ROOT / "Makefile").read_text(encoding="utf-8")
     make, command = pages.commands(PAGE)[:2]
     assert make == "make train"
-    assert f"train: .venv/installed-train " in makefile
+    assert "train: .venv/installed-train " in makefile
     assert f"\t@{command}\n" in makefile.replace("$(PY)", ".venv/bin/python")
 
 
