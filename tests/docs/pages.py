@@ -1,5 +1,6 @@
 """What the tests of the pages in docs/ share: their blocks, and how they are typed."""
 
+import linecache
 import os
 import pathlib
 import re
@@ -29,7 +30,10 @@ def names_of(page, *numbers):
     names = {"__name__": "page"}
     found = blocks(page, "python")
     for number in numbers or range(len(found)):
-        exec(compile(found[number], f"docs/{page}", "exec"), names)
+        file, code = f"<docs/{page} {number}>", found[number]
+        # Where AutoGraph looks for the source, as in a notebook.
+        linecache.cache[file] = len(code), None, code.splitlines(keepends=True), file
+        exec(compile(code, file, "exec"), names)
     return names
 
 
@@ -41,7 +45,7 @@ def commands(page):
 
 
 def typed(command, experiment, *more):
-    """Runs a command of a page in this process, with more flags; returns the metrics."""
+    """Runs a command of a page in this process; returns the metrics."""
     flags = [word for word in shlex.split(command) if word.startswith("--")]
     return app.run_program(experiment, {}, ["program", *flags, *more])
 
@@ -53,8 +57,13 @@ def started(words, folder, timeout=120):
         capture_output=True, text=True)
 
 
-def row_names(page, head):
+def section(page, title):
+    """Returns the text of a section of a page."""
+    return text_of(page).partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def row_names(text, head):
     """Returns what is in backticks in the first column of the table with this head."""
-    table = text_of(page).partition(f"\n{head}\n")[2].partition("\n\n")[0]
+    table = text.partition(f"\n{head}\n")[2].partition("\n\n")[0]
     rows = table.splitlines()[1:]
-    return [name for row in rows for name in re.findall(r"`(.*?)`", row.split(" | ")[0])]
+    return re.findall(r"`(.*?)`", " ".join(row.split(" | ")[0] for row in rows))

@@ -51,7 +51,8 @@ def test_weights_balance_the_classes(page):
 def test_augmentation_follows_its_seed(page, tmp_path):
     batch = {"point": tf.zeros([1000, 2]), "label": tf.zeros([1000], tf.int32)}
     first, again, other = (
-        page["noisy"](batch, seed)["point"].numpy() for seed in ([1, 2], [1, 2], [1, 3]))
+        page["noisy"](batch, seed)["point"].numpy()
+        for seed in ([1, 2], [1, 2], [1, 3]))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).min() > 0
     assert abs(first.std() - 0.1) < 0.01

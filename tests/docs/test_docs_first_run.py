@@ -38,7 +38,7 @@ def test_what_is_printed(first_run):
 def test_what_lies_in_the_folder(first_run):
     folder = first_run[0] / "runs" / "digits"
     assert os.path.islink(folder / "latest") and len(os.listdir(folder)) == 2
-    names = pages.row_names(PAGE, "| file | what |")
+    names = pages.row_names(pages.text_of(PAGE), "| file | what |")
     assert {name.rstrip("/") for name in names} | {"goodput.json", "lock"} == set(
         os.listdir(folder / "latest"))
     with np.load(folder / "latest" / "predictions.npz") as arrays:

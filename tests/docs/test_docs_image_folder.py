@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
+from mpl.launch import predictions
 
 PAGE = "image_folder.md"
 COLOURS = {"blue": [40, 40, 200], "red": [200, 40, 40]}
@@ -31,7 +32,7 @@ def page(tmp_path, monkeypatch):
             tf.io.write_file(f"photos/{colour}/{number}.jpg", content)
         content = tf.io.encode_png(picture(colour, 99, (30, 90)))
         tf.io.write_file(f"new/{colour}.png", content)
-    return pages.names_of(PAGE, 0, 2)
+    return pages.names_of(PAGE, 0, 3)
 
 
 def batch_of(page):
@@ -80,7 +81,7 @@ def test_a_crop_follows_from_the_seed(page):
 
 
 def test_the_whole_image_is_what_predictions_see(page):
-    from mpl.launch import predictions
+
 
     batch = batch_of(page)
     seen = page["whole"](batch, None)["image"].numpy()
@@ -89,17 +90,23 @@ def test_the_whole_image_is_what_predictions_see(page):
         np.testing.assert_array_equal(read, image)
 
 
-@pytest.mark.slow
-def test_files_and_a_damaged_image(page, tmp_path):
-    settings = dict(data_dir="photos", train_epochs=3, policy="float32",
-                    global_batch_size=16, learning_rate=0.01)
-    paths, _, _ = page["listed"]("photos", "train")
-    with open(paths[5], "r+b") as file:
+def test_damaged_images_are_named(page):
+    with open("photos/blue/5.jpg", "r+b") as file:
         file.truncate(100)
-    with pytest.raises(mpl.ConfigError, match=f"^Split train: File {paths[5]} "):
-        mpl.run(page["FromFiles"], workdir="runs/a", **settings)
+    names = dict(page, print=lambda *_: None)
+    exec(pages.blocks(PAGE, "python")[2], names)
+    assert names["damaged"](tf.io.gfile.glob("photos/*/*.jpg")) == ["photos/blue/5.jpg"]
+
+
+@pytest.mark.slow
+def test_files_learn_as_well(page):
     results = mpl.run(
-        page["FromFiles"], workdir="runs/b", max_bad_records=1, **settings)
+        page["FromFiles"], workdir="runs/files", data_dir="photos", train_epochs=3,
+        policy="float32", global_batch_size=16, learning_rate=0.01)
     assert results["test"]["accuracy"] == 1
-    with open("runs/b/flagfile.txt") as file:
-        assert f"# training examples: {len(paths) - 1}\n" in file.read()
+    _, label, _ = page["listed"]("photos", "validation")
+    source = page["FromFiles"]().build_data("validation", mpl.DataContext(
+        "photos", 16, 0, None))
+    read = [int(example["label"]) for path in source.files
+            for example in source._read(path)]
+    assert read == label.tolist()

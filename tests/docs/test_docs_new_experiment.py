@@ -36,7 +36,7 @@ def test_several_outputs(page, tmp_path):
 def test_an_optimizer_of_ones_own(page, tmp_path):
     experiment = page["WithMomentum"]()
     inner = experiment.build_optimizer(page["MyExperiment"].Config(learning_rate=0.1))
-    assert (inner.name, inner.momentum, inner.nesterov) == ("SGD", 0.9, True)
+    assert (inner.name, inner.momentum, inner.nesterov) == ("sgd", 0.9, True)
     results = run(page["WithMomentum"], tmp_path, train_steps=2, mode="train")
     assert results["train"]["learning_rate"] == pytest.approx(0.01)
 
@@ -49,7 +49,7 @@ def test_flags_and_a_rule_between_them(page):
     assert str(caught.value) == (
         "`hidden` (1) must be 2 or more with `head` cosine.\n"
         "Write for example --hidden=32.")
-    with pytest.raises(mpl.ConfigError, match="dense, cosine"):
+    with pytest.raises(mpl.ConfigError, match="must be dense or cosine"):
         config(head="sine")
 
 

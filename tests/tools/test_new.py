@@ -33,7 +33,8 @@ def test_all_files_bear_the_name(tmp_path, capsys):
         assert "my_experiment" not in text.lower() and "MyExperiment" not in text
         assert max(map(len, text.splitlines())) <= 88 or name == "requirements.txt"
     assert "class TwoRings(mpl.Experiment)" in (folder / "two_rings.py").read_text()
-    assert (folder / "requirements.txt").read_text() == f"mpl @ {ROOT.as_uri()}\npytest\n"
+    assert (folder / "requirements.txt").read_text() == (
+        f"mpl @ {ROOT.as_uri()}\npytest\n")
 
 
 def test_an_installed_mpl_is_named_by_its_version(tmp_path, monkeypatch):
@@ -58,7 +59,7 @@ def test_the_project_trains_and_its_test_passes(tmp_path):
     assert "2 passed" in tested.stdout, tested.stdout
 
 
-@pytest.mark.parametrize("name", ["Rings", "two-rings", "2rings", "class", "", "ring s"])
+@pytest.mark.parametrize("name", ["Rings", "two-rings", "2rings", "class", "", "a b"])
 def test_a_name_that_is_no_modules(name, tmp_path, capsys):
     assert new.main([f"{tmp_path}/a/{name}" if name else ""]) == 1
     cause, remedy = capsys.readouterr().err.splitlines()
@@ -71,7 +72,7 @@ def test_a_name_that_is_no_modules(name, tmp_path, capsys):
 def test_the_name_of_another_module(name, tmp_path):
     with pytest.raises(ConfigError) as caught:
         new.write(tmp_path / name)
-    assert caught.value.cause.startswith(f"`name` ({name}) must not be that of a module")
+    assert caught.value.cause.startswith(f"`name` ({name}) must not be that of a mod")
     assert caught.value.remedy == f"Write for example my_{name}."
     assert os.listdir(tmp_path) == []
 
