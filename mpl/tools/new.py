@@ -10,6 +10,7 @@ import keyword
 import os
 import pathlib
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -198,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         folder = write(given.name)
         print(f"Wrote {', '.join(sorted(os.listdir(folder)))} in {folder}")
-        print(f"Go on: cd {folder} && {sys.executable} {folder.name}.py --mode=all")
+        command = shlex.join([sys.executable, f"{folder.name}.py", "--mode=all"])
+        print(f"Go on: cd {shlex.quote(str(folder))} && {command}")
 
     return code_of(work)
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -13,11 +14,6 @@ from mpl.tools import new
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def run(*words, cwd):
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=ENVIRON, timeout=120,
-                          capture_output=True, text=True)
 
 
 def test_all_files_bear_the_name(tmp_path, capsys):
@@ -45,17 +41,19 @@ def test_an_installed_mpl_is_named_by_its_version(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_project_trains_and_its_test_passes(tmp_path):
-    made = run("-m", "mpl.tools.new", "rings", cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
-    command = made.stdout.split("&&")[1].split()
-    assert command[0] == sys.executable
-    trained = run(*command[1:], cwd=tmp_path / "rings")
+def test_the_project_trains_and_its_test_passes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert new.main(["rings"]) == 0
+    typed = shlex.split(capsys.readouterr().out.partition("&&")[2])
+    assert typed == [sys.executable, "rings.py", "--mode=all"]
+    trained, tested = (
+        subprocess.run(words, cwd="rings", env=ENVIRON, timeout=120, text=True,
+                       capture_output=True)
+        for words in (typed, [sys.executable, "-m", "pytest", "-q"]))
     assert trained.returncode == 0, trained.stderr
     *lines, last = trained.stdout.splitlines()
     assert last.startswith("rings: accuracy 0.9") and float(last.split()[2]) > 0.95
     assert any(line.startswith("Predictions for 1000 examples") for line in lines)
-    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path / "rings")
     assert "2 passed" in tested.stdout, tested.stdout
 
 
