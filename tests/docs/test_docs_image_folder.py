@@ -81,8 +81,6 @@ def test_a_crop_follows_from_the_seed(page):
 
 
 def test_the_whole_image_is_what_predictions_see(page):
-
-
     batch = batch_of(page)
     seen = page["whole"](batch, None)["image"].numpy()
     for path, image in zip(batch["path"].numpy(), seen):
