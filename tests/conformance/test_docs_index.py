@@ -23,7 +23,7 @@ def _prose(path):
 
 def links(path):
     """Where a page's links lead, code aside."""
-    return _LINK.findall(re.sub(r"`[^`\n]*`(?!\])", "", _prose(path)))
+    return _LINK.findall(re.sub(r"`[^`\n]*`", "code", _prose(path)))
 
 
 def anchors(path):
