@@ -102,21 +102,43 @@ def _code(lines):
 
 
 def _signature(name, node, is_method=False):
-    arguments = ast.unparse(node.args)
+    arguments = _arguments(node.args)
     static = any(ast.unparse(each) == "staticmethod" for each in node.decorator_list)
     if is_method and not static:
-        arguments = arguments.partition(", ")[2]
+        arguments = arguments[1:]
     returns = node.returns
     if isinstance(returns, ast.Constant) and isinstance(returns.value, str):
         returns = ast.parse(returns.value).body[0].value
     after = f" -> {ast.unparse(returns)}" if returns and node.name != "__init__" else ""
-    return _wrapped(f"{name}({arguments}){after}")
+    return _wrapped(name, arguments, after)
 
 
-def _wrapped(text):
-    lines = textwrap.wrap(text, _WIDTH, subsequent_indent="    ",
-                          break_on_hyphens=False, break_long_words=False)
-    return _code(lines or [text])
+def _arguments(node):
+    """Each argument as it is written: `name: type = default`."""
+    nothing = [None] * (len(node.args) - len(node.defaults))
+    found = [_argument(*each) for each in zip(node.args, [*nothing, *node.defaults])]
+    if node.vararg or node.kwonlyargs:
+        found.append("*" + (_argument(node.vararg, None) if node.vararg else ""))
+    found += [_argument(*each) for each in zip(node.kwonlyargs, node.kw_defaults)]
+    return found + ([f"**{_argument(node.kwarg, None)}"] if node.kwarg else [])
+
+
+def _argument(node, default):
+    text = node.arg
+    if node.annotation:
+        text += f": {ast.unparse(node.annotation)}"
+    equals = " = " if node.annotation else "="
+    return text if default is None else f"{text}{equals}{ast.unparse(default)}"
+
+
+def _wrapped(name, arguments=None, after=""):
+    if arguments is None:
+        return _code([name])
+    lines = textwrap.wrap(  # between arguments alone
+        f"{name}({', '.join(each.replace(' ', '~') for each in arguments)})"
+        f"{after.replace(' ', '~')}", _WIDTH, subsequent_indent="    ",
+        break_on_hyphens=False, break_long_words=False)
+    return _code([line.replace("~", " ") for line in lines])
 
 
 def _class_signature(name, value):
@@ -131,8 +153,8 @@ def _class_signature(name, value):
         if tuple in value.__mro__ or "dataclass" in str(
                 [ast.unparse(each) for each in node.decorator_list]):
             if len(fields) > 10:
-                return _wrapped(f"{name}(**settings)")
-            return _wrapped(f"{name}({', '.join(map(ast.unparse, fields))})")
+                return _wrapped(name, ["**settings"])
+            return _wrapped(name, list(map(ast.unparse, fields)))
     return _wrapped(name)
 
 
@@ -243,7 +265,8 @@ def test_every_public_name_is_there_with_its_arguments():
     assert "mpl.LossOutput(per_example: tf.Tensor, weights: tf.Tensor, " in text
     assert "mpl.TrainerOptions(use_tf_function: bool = True, " in text
     assert "mpl.RunConfig(**settings)" in text
-    assert "apply(gradients: Sequence[tf.Tensor | tf.IndexedSlices], " in text
+    assert "apply(gradients: Sequence[tf.Tensor | tf.IndexedSlices]," in text
+    assert "transform: Transform | None = None)" in text
 
 
 def test_docstrings_become_markdown():
@@ -299,8 +322,9 @@ def test_docstrings_become_markdown():
 
 
 if __name__ == "__main__":
+    made = pages()
     API.mkdir(exist_ok=True)
     for old in API.iterdir():
         old.unlink()
-    for file_name, content in pages().items():
+    for file_name, content in made.items():
         (API / file_name).write_text(content, encoding="utf-8")

@@ -1,8 +1,10 @@
 """SECURITY.md is true: nothing runs what it loads, and only what it names listens."""
 
 import ast
+import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -113,3 +115,26 @@ def test_tensorflow_listens_on_all_interfaces():
     assert set(address.partition(":")[0]) == {"0"}, done.stderr
     assert "on all interfaces of its host, whatever the address" in " ".join(
         PAGE.replace("*", "").split())
+
+
+def _can_unshare():
+    tried = shutil.which("unshare") and shutil.which("ip") and subprocess.run(
+        ["unshare", "--net", "--map-root-user", "true"], capture_output=True, timeout=20)
+    return bool(tried) and tried.returncode == 0
+
+
+@pytest.mark.skipif(not _can_unshare(), reason="needs user namespaces and iproute2")
+def test_a_cluster_without_a_network(tmp_path):
+    """The command of the page, with a program that says what it is told and sees."""
+    (command,) = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\nip -brief address\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-euc", command], capture_output=True, text=True, timeout=20,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    told, *interfaces = done.stdout.splitlines()
+    assert told == ("-m mpl.launch.local --workers=2 -- python -m experiments.digits "
+                    "--workdir=runs/alone"), done.stderr
+    (name, _, address, *_), = map(str.split, interfaces)
+    assert (name, address) == ("lo", "127.0.0.1/8")

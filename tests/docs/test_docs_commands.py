@@ -7,6 +7,7 @@ import sys
 
 import doc_pages
 import pytest
+import tensorflow as tf
 
 import mpl
 from mpl.launch.config import RunConfig
@@ -113,11 +114,9 @@ def test_fewer_bytes(run):
 def test_a_page_s_own_optimizer():
     names, count = doc_pages.executed("faq.md", {"__name__": "page"})
     assert count == 1
-    import tensorflow as tf
-
     experiment = names["Mine"]()
     experiment.setup(names["Digits"].Config(policy="float32"),
-                     tf.distribute.get_strategy())
+                     tf.distribute.OneDeviceStrategy("CPU:0"))
     assert type(experiment.optimizer.inner).__name__ == "Lion"
     assert experiment.optimizer.inner.weight_decay == 0.01
     experiment.trainer.train(1)
