@@ -66,5 +66,6 @@ def test_dead_links_are_found(tmp_path):
     path = tmp_path / "a.md"
     path.write_text("# A\n[x](b.md) [x](b.md#one-two-three) [x](b.md#same-1) [x](#a)\n"
                     "[`b`](b.md#same) [x](https://a.b/c)\n`[x](none.md)`\n"
-                    "```\n[x](none.md)\n# None\n```\n[x](c.md) [x](b.md#two) [x](#none)")
+                    "```\n[x](none.md)\n# None\n```\n[x](c.md) "
+                    "[x](b.md#two) [x](#none)")
     assert list(dead(path)) == ["c.md", "b.md#two", "#none"]

@@ -73,8 +73,8 @@ def test_faults_are_found():
     assert faults("\n".join(lines)) == [
         "1 pickle", "2 urllib.request", "3 eval", "4 exec", "5 allow_pickle=True",
         "8 safe_mode=y", "9 tar.extractall", "10 shell=True", "12 tarfile",
-        "13 os.system", "14 compile", "15 tf.keras.config.enable_unsafe_deserialization",
-        "17 zipfile.ZipFile"]
+        "13 os.system", "14 compile",
+        "15 tf.keras.config.enable_unsafe_deserialization", "17 zipfile.ZipFile"]
 
 
 def test_what_listens_is_what_the_page_says():
@@ -119,7 +119,8 @@ def test_tensorflow_listens_on_all_interfaces():
 
 def _can_unshare():
     tried = shutil.which("unshare") and shutil.which("ip") and subprocess.run(
-        ["unshare", "--net", "--map-root-user", "true"], capture_output=True, timeout=20)
+        ["unshare", "--net", "--map-root-user", "true"], capture_output=True,
+        timeout=20)
     return bool(tried) and tried.returncode == 0
 
 

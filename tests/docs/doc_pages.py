@@ -41,7 +41,7 @@ def commands(text):
 
 
 def run_of(words):
-    """The experiment and the settings of `python -m experiments.<name> --flag=value`."""
+    """The experiment and the settings of `python -m experiments.NAME --flag=value`."""
     words = words[words.index("python"):]  # of a launcher's command
     assert words[:2] == ["python", "-m"] and words[2].startswith("experiments."), words
     module = importlib.import_module(words[2])

@@ -75,7 +75,7 @@ def test_many_devices_and_processes(ps, tmp_path):
     assert done.returncode == 0, done.stdout
     who = "chief 0" if ps else "worker 0"
     assert f"[{who}] digits: accuracy 0." in done.stdout
-    kind = "ParameterServerStrategy" if ps else "MultiWorkerMirroredStrategy, 2 replicas"
+    kind = "ParameterServer" if ps else "MultiWorkerMirroredStrategy, 2 replicas"
     assert kind in done.stdout
 
 

@@ -67,7 +67,7 @@ def test_islands(names):
     experiment.trainer.train(2)
     wrong = type("Wrong", (names["Careful"],), {
         "policy_overrides": {"/scroes$": "float32"}})
-    with pytest.raises(mpl.ConfigError, match=r"matches the path of no layer.*\n.*scores"):
+    with pytest.raises(mpl.ConfigError, match=r"path of no layer.*\n.*/scores"):
         setup(wrong, policy="mixed_bfloat16", train_steps=2)
 
 
