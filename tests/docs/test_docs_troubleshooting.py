@@ -9,6 +9,10 @@ import keras
 import pytest
 import tensorflow as tf
 
+import mpl
+from experiments.digits import Digits
+from mpl.launch import flags
+
 PAGE = doc_pages.page("troubleshooting.md")
 PROSE = re.sub(r"^```.*?^```$", "", PAGE, flags=re.DOTALL | re.MULTILINE)
 
@@ -56,8 +60,6 @@ def test_tensorflow_s_own_message_is_there():
 
 
 def test_every_kind_of_error_is_explained():
-    import mpl
-
     for name in mpl.__all__:
         if name.endswith("Error"):
             assert f"`mpl.{name}`" in PAGE
@@ -76,3 +78,23 @@ def test_exit_codes_are_those_of_the_other_page():
     codes = re.findall(r"^\| (\d+) \|", doc_pages.page("preemption.md"), re.MULTILINE)
     shown = PAGE.rpartition("## Exit codes")[2]
     assert [code for code in codes if not re.search(rf"\b{code}\b", shown)] == []
+
+
+def test_numerics_are_checked_at_the_operation(tmp_path):
+    class Bad(Digits):
+
+        def build_model(self):
+            tf.debugging.enable_check_numerics()
+            return super().build_model()
+
+        def loss(self, batch, training):
+            right = super().loss(batch, training)
+            return right._replace(per_example=tf.math.log(0 * right.per_example))
+
+    words = re.search(r"^3\. `(--debug_eager --train_steps=5)`", PAGE, re.MULTILINE)
+    settings = flags.parse(Digits.Config, ["digits", *words[1].split()])
+    try:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Inf.*Log"):
+            mpl.run(Bad, workdir=str(tmp_path), policy="float32", **settings)
+    finally:
+        tf.debugging.disable_check_numerics()
