@@ -32,7 +32,7 @@ def test_fit_and_an_experiment(tmp_path, monkeypatch):
 def orbit_page(change=lambda code: code):
     names = {"__name__": "page"}
     for code in doc_pages.blocks(doc_pages.page("port_from_orbit.md"), "python"):
-        exec(compile(change(code), "docs/port_from_orbit.md", "exec"), names)
+        exec(compile(change(code), "port_from_orbit.md, a block", "exec"), names)
     return names
 
 
