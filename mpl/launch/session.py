@@ -14,7 +14,7 @@ from mpl import loop
 from mpl.errors import CheckpointError, Preempted
 from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
-from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
+from mpl.launch.config import TRAINING_MODES, EarlyStop, better
 from mpl.launch.config import parse_best_metric, parse_early_stop
 from mpl.launch.guide import Guide
 from mpl.launch.intervals import intervals
@@ -115,7 +115,7 @@ class Session:
         if peers.is_chief:
             progress = Progress(global_batch_size=size, batches_per_epoch=shown)
             self._reporters += [progress, self._log]
-        runners = [experiment.trainer, *experiment.evaluators.values()]
+        runners: list[Any] = [experiment.trainer, *experiment.evaluators.values()]
         self._interrupt = loop.Interrupt(  # of processes in step none may end alone
             [each.loop for each in runners] if peers.size == 1 else [],
             ["SIGTERM", config.preemption_signal])
