@@ -70,7 +70,7 @@ def test_many_devices_and_processes(ps, tmp_path):
         and ("--ps=1" in words) == bool(ps)]
     words = [sys.executable if word == "python" else word for word in words]
     environ = {**os.environ, "PYTHONPATH": str(doc_pages.ROOT)}
-    done = subprocess.run(words, cwd=tmp_path, env=environ, timeout=150, text=True,
+    done = subprocess.run(words, cwd=tmp_path, env=environ, timeout=300, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     who = "chief 0" if ps else "worker 0"

@@ -66,6 +66,8 @@ def test_the_imports_alone_and_mixed_precision(tmp_path, monkeypatch):
     assert names["trainer"].__class__.__mro__[1].__module__ == "mpl.loop.trainer"
     kinds = [bucket.kind.compute for bucket in names["mixed"].weights.buckets]
     assert set(kinds) == {tf.bfloat16, tf.float32}  # the last layer is float32
+    losses = [float(names[name].loss.result()) for name in ("trainer", "mixed")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] < 0.5
     full, mixed = (names[name].model.get_weights() for name in ("trainer", "mixed"))
     distance = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(full, mixed)))
     assert 0 < distance < 0.1 * np.sqrt(sum(np.sum(a**2) for a in full))

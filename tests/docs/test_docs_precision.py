@@ -172,4 +172,4 @@ def test_the_figures_are_those_of_the_notes():
     times = re.findall(r"≥ 1\.\d+ × our float32 \| (1\.\d\d)", notes)
     mlp, cnn, resnet, gpt = (f"{float(time):.1f}" for time in times)
     assert resnet == gpt and (
-        f"an MLP {mlp} times, a CNN {cnn}, ResNet-20 and a small GPT {gpt} times") in PAGE
+        f"an MLP {mlp} times, a CNN {cnn}, ResNet-20 and a small GPT {gpt}") in PAGE
