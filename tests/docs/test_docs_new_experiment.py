@@ -23,6 +23,12 @@ def test_the_experiment_is_the_one_that_the_tool_writes():
     assert pages.blocks(PAGE, "python")[0] == new.FILES["my_experiment.py"]
 
 
+def test_the_commands_are_those_that_the_tests_of_the_tool_run():
+    assert pages.commands(PAGE)[:4] == [
+        "python -m mpl.tools.new ../my_experiment", "cd ../my_experiment",
+        "python my_experiment.py --mode=all", "python -m pytest"]
+
+
 @pytest.mark.slow
 def test_several_outputs(page, tmp_path):
     results = run(page["TwoHeads"], tmp_path, mode="all")
