@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
+from mpl import data
 from mpl.launch import predictions
 
 PAGE = "image_folder.md"
@@ -105,6 +106,5 @@ def test_files_learn_as_well(page):
     _, label, _ = page["listed"]("photos", "validation")
     source = page["FromFiles"]().build_data("validation", mpl.DataContext(
         "photos", 16, 0, None))
-    read = [int(example["label"]) for path in source.files
-            for example in source._read(path)]
-    assert read == label.tolist()
+    pipeline = data.Pipeline(source, global_batch_size=1, shuffle=False, repeat=False)
+    assert [int(batch["label"]) for batch in pipeline.dataset()] == label.tolist()
