@@ -60,7 +60,7 @@ def run(
         path, name = os.path.join(out, policy, str(seed)), f"{policy} seed {seed}"
         extra = [f"--policy={policy}", f"--seed={seed}", f"--workdir={path}"]
         for flag, value in (("mode", "all"), ("export_weights", "compute")):
-            if not any(re.match(f"--?{name}(=|$)", word) for word in command):
+            if not any(re.match(f"--?{flag}(=|$)", word) for word in command):
                 extra.append(f"--{flag}={value}")
         title = f"[{count}/{len(plan)}] {name}"
         measured = trials.run_once([*command, *extra], path, title)
