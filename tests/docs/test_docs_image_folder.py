@@ -107,4 +107,4 @@ def test_files_learn_as_well(page):
     source = page["FromFiles"]().build_data("validation", mpl.DataContext(
         "photos", 16, 0, None))
     pipeline = data.Pipeline(source, global_batch_size=1, shuffle=False, repeat=False)
-    assert [int(batch["label"]) for batch in pipeline.dataset()] == label.tolist()
+    assert [int(batch["label"][0]) for batch in pipeline.dataset()] == label.tolist()
