@@ -15,6 +15,7 @@ import pathlib
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,18 +49,26 @@ def jobs_of(drill: Drill, section: str, num_kills: int) -> list[Callable[[], Any
 
 def run_all(drill: Drill, sections: Sequence[str], num_kills: int) -> list[Row]:
     """Runs sections of the drill, and returns their rows."""
-    def work(job: Callable[[], Any]) -> list[Row]:
-        start, done = time.monotonic(), job()
+
+    def work(section: str, job: Callable[[], Any]) -> list[Row]:
+        start = time.monotonic()
+        try:
+            done = job()
+        except Exception as error:  # of the drill itself; the others go on
+            done = Row(section, "?", False, repr(error), traceback.format_exc())
         found = [done] if isinstance(done, Row) else done
         for row in found:
             print(f"{time.monotonic() - start:4.0f} s  {_line(row)}", flush=True)
         return found
 
-    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-        futures = {section: [pool.submit(work, job) for job in jobs_of(
+    pool = concurrent.futures.ThreadPoolExecutor(_AT_ONCE)
+    try:
+        futures = {section: [pool.submit(work, section, job) for job in jobs_of(
             drill, section, num_kills)] for section in sections}
         rows = {section: [row for future in each for row in future.result()]
                 for section, each in futures.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
     if "kills" in rows:
         rows["kills"].append(kills.summary(rows["kills"], num_kills))
     return [row for section in sections for row in rows[section]]
