@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1000, help="of a run")
+    parser.add_argument("--steps", type=int, default=2000, help="of a run")
     parser.add_argument("--program", type=pathlib.Path, default=run.PROGRAM)
     flags = parser.parse_args(argv)
     sections = flags.only.split(",")

@@ -16,7 +16,7 @@ def _ending(ending: str, change: Callable[[pathlib.Path], object]) -> Callable:
 
 
 def _beside(name: str, change: Callable[[pathlib.Path], object]) -> Callable:
-    return lambda newest: change(newest.with_name(name))
+    return lambda newest: change(newest.parent / name)
 
 
 def cut(path: pathlib.Path) -> None:

@@ -24,7 +24,7 @@ def jobs(drill: Drill) -> list[Job]:
             lambda: full(drill, "at a log", 2 * _PAGE, "cannot be written",
                          "--log_every_steps=1"),
             lambda: full(drill, "when metrics.jsonl is cleared of a torn line", _PAGE,
-                         r"metrics\.jsonl` cannot be written"),
+                         r"metrics\.jsonl\.tmp; No space"),
             lambda: read_only_checkpoints(drill), lambda: read_only(drill)]
 
 

@@ -49,7 +49,7 @@ class Drill:
     """
 
     def __init__(
-        self, out: pathlib.Path, *, seed: int = 0, steps: int = 1000,
+        self, out: pathlib.Path, *, seed: int = 0, steps: int = 2000,
         program: pathlib.Path = PROGRAM,
     ):
         self.out, self.seed, self.steps = out.resolve(), seed, steps

@@ -14,7 +14,7 @@ from tests.drill.run import Run, until
 AIMS = {"any moment": 5, "an evaluation": 2, "a save": 3}
 _KINDS = ("one_device", "one_device", "mirrored", "one_device", "files")
 _KILLS_A_LIFE = 10
-_TRAINING_SECS = 3.0  # of a process, at most, before it is killed
+_TRAINING_SECS = 2.0  # of a process, at most, before it is killed
 _SAVE_SECS = 0.03  # as long as it takes
 
 

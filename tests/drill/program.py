@@ -56,8 +56,9 @@ class Config(mpl.RunConfig):
     log_every_steps = checkpoint_every_steps = 10
     eval_every_steps = 20
     summary_every_steps = 0
-    max_to_keep = 3
+    max_to_keep, keep_every_steps = 3, 200
     lr_schedule = "cosine"
+    learning_rate = 1e-4
     clip_norm = 1.0
     ema_decay = 0.99
     early_stop = "loss:100000"  # never, but it counts
