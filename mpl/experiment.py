@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from mpl import data as data_lib
 from mpl import distribute, errors, inference, record
+from mpl import experiment_data as data_of
 from mpl import experiment_loops as loops
 from mpl.loop.inner_loop import converted
 from mpl.precision import loss_scale as loss_scale_lib
@@ -22,8 +23,6 @@ from mpl.step import loss_scale_optimizer as optimizer_lib
 from mpl.step import master_weights as master_weights_lib
 from mpl.step import metrics as metrics_lib
 from mpl.step import state as state_lib
-
-SPLITS = ("train", "validation", "test")
 
 
 class Experiment:
@@ -236,7 +235,10 @@ class Experiment:
                 "finds its scale by steps that overflow.",
                 "Use --loss_scale=1024, --policy=mixed_bfloat16, or skip.",
             )
-        self._build_pipelines()
+        self.pipelines = data_of.build_pipelines(self)
+        self.num_examples = {n: each.num_examples for n, each in self.pipelines.items()}
+        self.batches_per_epoch = self.pipelines["train"].batches_per_epoch
+        self.train_steps = data_of.resolve_train_steps(config, self.batches_per_epoch)
         if peers.size > 1:  # before the first variable, which workers send each other
             peers.agree({
                 f"{split} data, {name}": value
@@ -255,7 +257,7 @@ class Experiment:
         self.trainer = loops.ExperimentTrainer(self)
         self.evaluators = {
             split: loops.ExperimentEvaluator(self, split)
-            for split in SPLITS[1:] if split in self.pipelines
+            for split in data_of.SPLITS[1:] if split in self.pipelines
         }
         if peers.size > 1:
             self._check_saving()
@@ -291,59 +293,6 @@ class Experiment:
                     "a copy of its own.",
                     "Put the shared layers in one model, or make the two one model.",
                 )
-
-    def _build_pipelines(self) -> None:
-        config = self.config
-        context = data_lib.DataContext(
-            data_dir=config.data_dir,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            compute_dtype=self.policy.compute_dtype,
-            max_bad_records=config.max_bad_records,
-        )
-        self.pipelines: dict[str, data_lib.Pipeline] = {}
-        for split in SPLITS:
-            training = split == "train"
-            try:
-                examples = self.build_data(split, context)
-                if examples is not None:
-                    self.pipelines[split] = data_lib.Pipeline(
-                        data_lib.as_source(examples),
-                        global_batch_size=config.global_batch_size,
-                        seed=config.seed, shuffle=training, repeat=training,
-                        split=split, ranges=self.ranges)
-            except errors.ConfigError as error:
-                start = f"Split {split}: "
-                cause = start + error.cause.removeprefix(start)
-                raise errors.ConfigError(cause, error.remedy) from error
-        if "train" not in self.pipelines:
-            raise errors.ConfigError(
-                f"{type(self).__name__}.build_data returned nothing for 'train'.",
-                "Return arrays, a tf.data.Dataset or mpl.FileSource for that split.",
-            )
-        sources = [pipeline.source for pipeline in self.pipelines.values()]
-        if config.max_bad_records and not any(
-                getattr(source, "max_bad_records", 0) for source in sources):
-            raise errors.ConfigError(
-                f"`max_bad_records` ({config.max_bad_records}) has no effect: no split "
-                "is a FileSource that takes it.",
-                "Write mpl.FileSource(..., max_bad_records=context.max_bad_records).")
-        self.num_examples = {
-            split: pipeline.num_examples for split, pipeline in self.pipelines.items()
-        }
-        self.batches_per_epoch = self.pipelines["train"].batches_per_epoch
-        self.train_steps = self._resolve_train_steps()
-
-    def _resolve_train_steps(self) -> int:
-        if self.config.train_steps is not None:
-            return self.config.train_steps
-        if self.batches_per_epoch is None:
-            raise errors.ConfigError(
-                "`train_steps` is not set and the training data do not know how many "
-                "examples they hold.",
-                "Set --train_steps, or `num_examples` of the DatasetSource.",
-            )
-        return (self.config.train_epochs or 1) * self.batches_per_epoch
 
     def _wrap_optimizer(
         self, weights: master_weights_lib.MasterWeights

@@ -20,8 +20,9 @@ from mpl.experiment import Experiment
 from mpl.launch import flags, identity, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, RunConfig, merged
 from mpl.launch.details import watching
+from mpl.launch.guide import python
 from mpl.launch.intervals import intervals
-from mpl.launch.session import Results, Session, metric_names, python, result_line
+from mpl.launch.session import Results, Session, metric_names, result_line
 from mpl.record import SavedPredictor, pretrained
 
 _ERRORS = (

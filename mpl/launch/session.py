@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
 from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
 from mpl.launch.config import parse_best_metric, parse_early_stop
+from mpl.launch.guide import Guide
 from mpl.launch.intervals import intervals
 from mpl.launch.option import written
 from mpl.loop.inner_loop import counter
@@ -29,10 +29,6 @@ from mpl.record.progress import Progress
 Results = dict[str, dict[str, float]]
 _POLL_SECS = 10.0  # how often continuous_eval asks whether training is complete
 _WATCHED = ("early_stop", "best_metric")
-_FILES = (
-    "flagfile.txt", "metrics.jsonl", "checkpoints", "summaries", "profile", "export",
-    "predictions.npz",
-)  # fmt: skip
 
 
 def metric_names(experiment: Experiment) -> list[str]:
@@ -46,12 +42,6 @@ def result_line(name: str, values: Mapping[str, float]) -> str:
     shown = (f"{value:.4f}" if isinstance(value, float) else value
              for value in values.values())  # fmt: skip
     return " ".join([f"{name}:", *(f"{n} {v}" for n, v in zip(values, shown))])
-
-
-def python() -> str:
-    """Returns the path of this Python, relative where it lies below this folder."""
-    path = os.path.relpath(sys.executable)  # not resolved: in .venv it is a link
-    return sys.executable if path.startswith("..") else path
 
 
 class Session:
@@ -76,7 +66,8 @@ class Session:
         record: Mapping[str, str] | None = None,
     ):
         config = self.config = experiment.config
-        self.experiment, self.path, self._start = experiment, path, start
+        self.experiment, self.path = experiment, path
+        self._guide = Guide(experiment, path, start)
         # Of several processes that train in step the chief alone writes and prints.
         peers = self._peers = experiment.peers
         self._print = print if peers.is_chief else _say_nothing
@@ -112,7 +103,6 @@ class Session:
         self.best = self.checkpoints.best(best[0])
         self.last = _Last()
         self._said: dict[str, int] = {}
-        self._stopped_early = False
         size, epoch = config.global_batch_size, experiment.batches_per_epoch
         shown = None if config.train_steps else epoch
         log = self._file("metrics.jsonl")
@@ -142,7 +132,7 @@ class Session:
         except (KeyboardInterrupt, Preempted) as end:
             how = "Preempted after" if isinstance(end, Preempted) else "Stopped at"
             text = (f"{how} step {self._step()}; last checkpoint: "
-                    f"{self.checkpoints.latest}\nGo on with: {self.command()}")
+                    f"{self.checkpoints.latest}\nGo on with: {self._guide.command()}")
             self._print(text, file=sys.stderr)
             if self._peers.is_chief:
                 self._log.note(self._step(), text)
@@ -167,7 +157,7 @@ class Session:
             self.predict()
         self._end_if_asked()
         if mode in TRAINING_MODES:
-            self._print(self.guide())
+            self._print(self._guide)
         self._print(result_line(self.experiment.name, self._final()), flush=True)
         return self.last.values
 
@@ -206,8 +196,10 @@ class Session:
             controller.train_and_evaluate(total)
         else:
             controller.train(total)
-        self._stopped_early = self.stopping.stopped
+        self._guide.stopped_early = self.stopping.stopped
         chief = self._peers.is_chief  # which has written all by now
+        if chief:
+            self._goodput.finish()
         self._print(self._goodput)
         best = self._peers.of_chief(self.best.latest if chief else None)
         if self.config.early_stop and best:
@@ -288,38 +280,6 @@ class Session:
     def _goes_on(self) -> bool:
         self._watchdog.enter("prediction")
         return self._interrupt.requested is None
-
-    def command(self, **settings: Any) -> str:
-        """Returns what to type to use this run's folder with these settings."""
-        mode, default = self.config.mode, type(self.config).mode
-        same = {} if mode == default else {"mode": mode}
-        settings = {"workdir": self.path, **same, **settings}
-        if self._start is None:
-            shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-            return f"mpl.run({type(self.experiment).__name__}, {shown})"
-        words = [f"--{name}={written(value)}" for name, value in settings.items()]
-        return f"{self._start} {shlex.join(words)}"
-
-    def guide(self) -> str:
-        """Says where the files lie, and what to type next."""
-        unit = "train_steps" if self.config.train_steps else "train_epochs"
-        longer: dict[str, Any] = {unit: 2 * (getattr(self.config, unit) or 1)}
-        if self.config.lr_schedule != "constant":
-            longer["allow_changed_flags"] = True
-        if self._stopped_early:
-            longer["early_stop"] = None
-        there = [name for name in _FILES if tf.io.gfile.exists(self._file(name))]
-        curves = f"{python()} -m pip install tensorboard  # then train again"
-        if "summaries" in there:
-            summaries = shlex.quote(self._file("summaries"))
-            curves = f"{python()} -m tensorboard.main --logdir={summaries}"
-        return (
-            f"Files:    {', '.join(there)} in {self.path}\n"
-            f"Resume:   {self.command(**longer)}\n"
-            f"Curves:   {curves}\n"
-            f"Evaluate: {self.command(mode='eval')}\n"
-            f"Predict:  {self.command(mode='predict')}"
-        )
 
     def _controller(self, *splits: str, eval_actions: Any = None) -> loop.Controller:
         experiment, evaluators = self.experiment, self.experiment.evaluators

@@ -16,7 +16,7 @@ class Goodput:
         wall       = time since the run first started, while it was down included
         lost steps = those reported that a restart, from a checkpoint, makes again
 
-    A restart is a start after an end that came too early; the time between a finished
+    A restart is a start without `finish` before it; the time between a complete
     training and a longer one does not count. The figures are in a small file that is
     replaced at each start and report, so that they are right after a kill, up to what
     came after the last report. The clock of the machine is asked for the time between
@@ -35,7 +35,7 @@ class Goodput:
         self._path, self._clock, self._timer = os.fspath(path), clock, timer
         self._state: dict[str, Any] = {}
 
-    def start(self, step: int, total_steps: int | None) -> None:
+    def start(self, step: int) -> None:
         """Training starts at `step`."""
         now = self._clock()
         self._state = state = {
@@ -47,7 +47,7 @@ class Goodput:
             state["wall_secs"] += max(0.0, now - state["time"])
         state["lost_steps"] += max(0, state["step"] - step)
         state |= {"step": step, "ended": False}
-        self._total_steps, self._mark = total_steps, self._timer()
+        self._mark = self._timer()
         self._write()
 
     def train(self, step: int, steps_per_sec: float | None) -> dict[str, Any]:
@@ -69,10 +69,9 @@ class Goodput:
         names = ("lost_steps", "restarts", "time")
         return {"goodput": self.value, **{name: state[name] for name in names}}
 
-    def finish(self, step: int) -> None:
-        """Training ended at `step`; if that is too early, what follows is a restart."""
-        self._state["ended"] = self._total_steps is not None and (
-            step >= self._total_steps)
+    def finish(self) -> None:
+        """Training is complete: what follows is not a restart."""
+        self._state["ended"] = True
         self._write()
 
     @property

@@ -40,7 +40,7 @@ class MetricsWriter:
         """Deletes the lines of later steps, which a run resumed at `step` redoes."""
         self._keep(lambda key: key[0] <= step)
         if self._goodput:
-            self._goodput.start(step, total_steps)
+            self._goodput.start(step)
 
     def _keep(self, condition: Callable[[tuple[float, str]], bool]) -> None:
         lines = []
@@ -71,9 +71,7 @@ class MetricsWriter:
         self._append({"step": step, "split": "note", "note": text})
 
     def finish(self, step: int) -> None:
-        """Ends the goodput; each line is on disk when its report returns."""
-        if self._goodput:
-            self._goodput.finish(step)
+        """Does nothing: each line is on disk when its report returns."""
 
     def _write(
         self, step: int, split: str, values: Mapping[str, Any],

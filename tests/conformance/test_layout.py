@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "step": {"precision"},
     "inference": {"distribute", "data", "precision", "record"},
     "experiment_loops": {"distribute", "loop"},
+    "experiment_data": {"data"},
     "experiment": {"distribute", "data", "precision", "step", "loop", "record"}
-    | {"inference", "experiment_loops"},
+    | {"inference", "experiment_loops", "experiment_data"},
     "launch": {"distribute", "data", "precision", "step", "loop", "record"}
     | {"experiment"},
 }

@@ -14,6 +14,7 @@ from mpl.errors import CheckpointError, ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import session, workdir
 from mpl.launch.config import RunConfig
+from mpl.launch.guide import Guide
 from mpl.step.state import LossOutput
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
@@ -309,9 +310,8 @@ def test_input_that_is_no_npz_file():
 
 def test_commands_of_a_program_are_shell_words():
     line = Line()
-    one = session.Session.__new__(session.Session)
-    one.experiment, one.path, one._start = line, "my runs/1", "python -m line"
-    one.config = Config()
+    line.config = Config()
+    one = Guide(line, "my runs/1", "python -m line")
     assert one.command(mode="eval", early_stop=None) == (
         "python -m line '--workdir=my runs/1' --mode=eval --early_stop=none"
     )
