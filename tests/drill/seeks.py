@@ -18,13 +18,13 @@ from tests.drill import program
 from tests.drill.drill import Drill, Row
 from tests.drill.run import ROOT
 
-EXAMPLES, BATCH, FILES = 200_000, 16, 20
+EXAMPLES, BATCH, FILES = 50_000, 16, 20
 EPOCH = EXAMPLES // BATCH
 # Global batches that were consumed before.
 POSITIONS = {"0": 0, "half an epoch": EPOCH // 2, "an epoch - 1": EPOCH - 1,
              "a million epochs": 10**6 * EPOCH,
              "a million epochs and a half": 10**6 * EPOCH + EPOCH // 2}
-_REPEATS, _SLACK_SECS = 5, 0.1
+_REPEATS, _SLACK_SECS = 3, 0.1
 
 
 class Many(program.Drilled):
@@ -45,7 +45,7 @@ class Many(program.Drilled):
                 file.write(part.tobytes())
         counts = [len(part) for part in np.array_split(rows, FILES)]
         return mpl.FileSource(os.path.join(self.folder, "*.f32"), program.read,
-                              examples_per_file=counts, shuffle_buffer=1000)
+                              examples_per_file=counts, shuffle_buffer=100)
 
 
 def times(folder: str) -> dict[str, float]:
