@@ -1,5 +1,6 @@
 """How much of the time makes steps that are kept, with a kill now and then."""
 
+import dataclasses
 import json
 import random
 import time
@@ -20,11 +21,11 @@ def row(drill: Drill) -> Row:
     drill.reference()
     every = max(20, round(drill.startup_secs["one_device"] / _STEP_SECS))
     steps = (_KILLS + 1) * _INTERVALS * every
-    run = drill.run(
+    run = dataclasses.replace(drill.run(
         "goodput", "one_device", "--mode=train", f"--train_steps={steps}",
         f"--step_secs={_STEP_SECS}", f"--steps_per_loop={every // 4}",
         f"--log_every_steps={every // 4}", f"--checkpoint_every_steps={every}",
-        "--early_stop=none", "--eval_every_steps=none")
+        "--early_stop=none", "--eval_every_steps=none"), limit_secs=3600.0)
     chance, start, said = random.Random(drill.seed), time.monotonic(), ""
     for _ in range(_KILLS):
         first = max(run.committed(), default=0)
@@ -39,7 +40,8 @@ def row(drill: Drill) -> Row:
     if not end.code:
         lines = (run.folder / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1])
-        said = next(line for line in end.text.splitlines() if line.startswith("Goodpu"))
+        said = next(
+            line for line in end.text.splitlines() if line.startswith("Goodput"))
     figures = {"by_mpl": last.get("goodput", 0.0), "from_outside": round(outside, 4),
                "restarts": last.get("restarts"), "lost_steps": last.get("lost_steps"),
                "interval_secs": every * _STEP_SECS,
@@ -49,7 +51,7 @@ def row(drill: Drill) -> Row:
     if figures["restarts"] != _KILLS:
         faults.append(f"{figures['restarts']} restarts, not {_KILLS}")
     return Row(
-        "goodput", f"a kill every {_INTERVALS} intervals of {every * _STEP_SECS:.0f} s, "
-        f"a start takes {figures['startup_secs']:.1f} s", not faults,
+        "goodput", f"a kill every {_INTERVALS} intervals, each {every * _STEP_SECS:.0f}"
+        f" s; a start takes {figures['startup_secs']:.1f} s", not faults,
         f"{figures['by_mpl']:.3f} by goodput.json, {outside:.3f} from outside. {said}",
         {**figures, "faults": faults})

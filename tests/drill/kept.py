@@ -1,4 +1,4 @@
-"""All that the next step depends on is in a checkpoint, and has left its first value."""
+"""All that the next step depends on is in a checkpoint, and does not stand still."""
 
 import re
 
@@ -46,6 +46,7 @@ def kept(drill: Drill, kind: str) -> Row:
     if unknown := [key for key in last if not any(
             re.search(pattern, key) for pattern in KINDS.values())]:
         counts["others"] = len(unknown)
-    faults += [f"{key} is not in all" for each in states for key in each.keys() ^ last.keys()]
+    faults += [f"{key} is not in all of them" for each in states
+               for key in each.keys() ^ last.keys()]
     shown = ", ".join(f"{name} {count}" for name, count in counts.items())
     return Row("kept", f"entries of a checkpoint, {kind}", not faults, shown, faults)
