@@ -36,7 +36,8 @@ def half_write(newest: pathlib.Path) -> None:
     step = int(newest.name.rpartition("-")[2]) + 10
     path = newest.with_name(f"ckpt-{step}")
     newest.with_name(f"ckpt-{step}_temp").mkdir()
-    (newest.parent / f"ckpt-{step}_temp" / "part-00000-of-00001.index").write_bytes(b"")
+    for name in ("part-00000-of-00001.index", "part.data-00000-of-00001.tempstate1"):
+        (newest.parent / f"ckpt-{step}_temp" / name).write_bytes(b"")
     path.with_name(path.name + _DATA).write_bytes(b"\0" * 1000)
     path.with_name(path.name + _MARKER + ".tmp").write_text("{")
 

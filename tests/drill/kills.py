@@ -12,7 +12,7 @@ from tests.drill.run import Run, until
 
 # What a kill aims at, and how often of ten.
 AIMS = {"any moment": 5, "an evaluation": 2, "a save": 3}
-_KINDS = ("one_device", "one_device", "mirrored", "one_device", "files")
+_KINDS = (*["one_device"] * 3, "files", "mirrored", *["one_device"] * 4, "files")
 _KILLS_A_LIFE = 10
 _TRAINING_SECS = 2.0  # of a process, at most, before it is killed
 _SAVE_SECS = 0.03  # as long as it takes
