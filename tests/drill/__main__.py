@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -47,31 +48,48 @@ def jobs_of(drill: Drill, section: str, num_kills: int) -> list[Callable[[], Any
     }[section]()
 
 
-def run_all(drill: Drill, sections: Sequence[str], num_kills: int) -> list[Row]:
-    """Runs sections of the drill, and returns their rows."""
+def run_all(
+    drill: Drill, sections: Sequence[str], num_kills: int,
+    seen: Callable[[Sequence[Row]], Any],
+) -> list[Row]:
+    """Runs sections of the drill, and returns their rows.
 
-    def work(section: str, job: Callable[[], Any]) -> list[Row]:
+    Args:
+        drill: where.
+        sections: of `SECTIONS`.
+        num_kills: in all.
+        seen: called with the rows that there are whenever there are more.
+    """
+    found: dict[str, list[Row]] = {section: [] for section in sections}
+    lock = threading.Lock()
+
+    def work(section: str, job: Callable[[], Any]) -> None:
         start = time.monotonic()
         try:
             done = job()
         except Exception as error:  # of the drill itself; the others go on
             done = Row(section, "?", False, repr(error), traceback.format_exc())
-        found = [done] if isinstance(done, Row) else done
-        for row in found:
-            print(f"{time.monotonic() - start:4.0f} s  {_line(row)}", flush=True)
-        return found
+        new = [done] if isinstance(done, Row) else done
+        with lock:
+            for row in new:
+                print(f"{time.monotonic() - start:4.0f} s  {_line(row)}", flush=True)
+            found[section] += new
+            seen(rows())
+
+    def rows() -> list[Row]:
+        each = [row for section in sections for row in found[section]]
+        lives = [row for row in found.get("kills", []) if isinstance(row.details, dict)]
+        return each + [kills.summary(lives, num_kills)] * bool(lives)
 
     pool = concurrent.futures.ThreadPoolExecutor(_AT_ONCE)
     try:
-        futures = {section: [pool.submit(work, section, job) for job in jobs_of(
-            drill, section, num_kills)] for section in sections}
-        rows = {section: [row for future in each for row in future.result()]
-                for section, each in futures.items()}
+        futures = [pool.submit(work, section, job) for section in sections
+                   for job in jobs_of(drill, section, num_kills)]
+        for future in futures:
+            future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    if "kills" in rows:
-        rows["kills"].append(kills.summary(rows["kills"], num_kills))
-    return [row for section in sections for row in rows[section]]
+    return rows()
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -101,16 +119,20 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--only names {unknown}; there are {', '.join(SECTIONS)}")
     start = time.monotonic()
     drill = Drill(flags.out, seed=flags.seed, steps=flags.steps, program=flags.program)
-    rows = run_all(drill, sections, flags.kills)
-    versions = (f"TensorFlow {tf.__version__}, Keras {keras.__version__}, Python "
-                f"{platform.python_version()}")
-    about = (f"{' '.join(argv) or 'no flags'}; {os.cpu_count()} cores, "
-             f"{describe_cpu()}; {versions}; {(time.monotonic() - start) / 60:.0f} min")
-    report = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
-    (flags.out / "drill.json").write_text(json.dumps(report, indent=1))
-    text = f"{about}\n\n{table(rows)}\n"
-    (flags.out / "drill.md").write_text(text)
-    print(f"\n{text}")
+
+    def write(rows: Sequence[Row]) -> str:  # at once: who breaks it off has them, too
+        versions = (f"TensorFlow {tf.__version__}, Keras {keras.__version__}, Python "
+                    f"{platform.python_version()}")
+        about = (f"{' '.join(argv) or 'no flags'}; {describe_cpu()}; {versions}; "
+                 f"{(time.monotonic() - start) / 60:.0f} min")
+        report = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
+        (flags.out / "drill.json").write_text(json.dumps(report, indent=1))
+        text = f"{about}\n\n{table(rows)}\n"
+        (flags.out / "drill.md").write_text(text)
+        return text
+
+    rows = run_all(drill, sections, flags.kills, write)
+    print(f"\n{write(rows)}")
     for row in rows:
         if row.passed is False:
             print(f"FAILED: {row.section}, {row.what}: {row.details}")
