@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mpl.record import commit
 from tests.drill import program
 from tests.drill.run import PROGRAM, Run, until
 
@@ -115,3 +116,6 @@ class Drill:
             time.sleep(0.05)
         if process.returncode != -9 or len(run.committed()) < 2:
             raise RuntimeError(f"The run was not killed in time:\n{run.said()}")
+        for folder in ("checkpoints", "checkpoints/best/loss"):  # what a save left
+            for found in commit.find(str(run.folder / folder)):
+                commit.remove_files(found.path)  # would be room on a full disk
