@@ -9,7 +9,7 @@ PY := .venv/bin/python
 FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 WORKERS ?= 2
 
-.PHONY: help train report bench test test-fast lint typecheck clean
+.PHONY: help train report bench drill test test-fast lint typecheck clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -25,6 +25,10 @@ report: .venv/installed-plots ## show the latest run as a page with curves
 # BENCH_FLAGS=--full for everything; BENCH_FLAGS=--help for the rest.
 bench: .venv/installed-bench ## compare with a hand-written loop, Keras fit and Orbit
 	@$(PY) -m experiments.benchmarks --out=runs/bench $(BENCH_FLAGS)
+
+# DRILL_FLAGS="--only=kills,damages --kills=20" for less; exit code 1: something was lost.
+drill: .venv/installed-test ## kill, damage and stop runs that must lose nothing
+	@$(PY) -m tests.drill --out=runs/drill $(DRILL_FLAGS)
 
 test: .venv/installed-test ## run all tests
 	@$(PY) -m pytest -q -n $(WORKERS)

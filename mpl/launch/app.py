@@ -233,6 +233,7 @@ def _execute(
         trains = config.mode in TRAINING_MODES and peers.is_chief
         path = path or workdir.create(config.workdir, experiment.name)
         with (
+            workdir.naming_full_disk(),
             workdir.lock(path) if trains else contextlib.nullcontext(),
             data.naming_damage(experiment.pipelines.values()),
             watching(experiment, path),

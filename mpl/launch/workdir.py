@@ -2,12 +2,13 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import itertools
 import os
 import tempfile
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -21,6 +22,7 @@ from mpl.launch.option import read, written
 RUNS = "runs"
 LATEST = "latest"
 FLAGFILE = "flagfile.txt"
+_FULL = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 # What concerns one command and not the run.
 PER_COMMAND = (
     "workdir", "resume", "allow_changed_flags", "input", "output", "saved_model",
@@ -114,6 +116,25 @@ def _unwritable(path: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"`workdir` ({path}) must be a folder that takes files: {reason}.",
         "Give another folder: --workdir=<folder>.")
+
+
+@contextlib.contextmanager
+def naming_full_disk() -> Iterator[None]:
+    """Makes the error of a file that a disk does not take one that says what to do.
+
+    Raises:
+        ConfigError: no space is left, or the disk has become read-only.
+    """
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        reason = str(error).partition("\n")[0]
+        if not any(text in reason for text in _FULL):
+            raise
+        raise ConfigError(
+            f"A file cannot be written: {reason}.",
+            "Make room there and start the same command again: it goes on from the "
+            "last checkpoint.") from error
 
 
 def lock(workdir: str) -> contextlib.AbstractContextManager:

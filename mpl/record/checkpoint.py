@@ -133,6 +133,7 @@ class Checkpoints:
         facts = {**self._settings["facts"], "versions": versions}
         try:
             tf.io.gfile.makedirs(self.directory)
+            commit.remove_files(path)  # what a killed process left of it
             tf.train.Checkpoint(root=copy).write(path, _options())
             commit.commit(path, facts)
             commit.tidy(self.directory, self.max_to_keep, self._keep_every)

@@ -18,6 +18,7 @@ import tensorflow as tf
 _NAME = re.compile(
     r"(ckpt-\d+)(\.index|\.data-\d{5}-of-\d{5}|\.commit|\.commit\.tmp|_temp/?)")
 _LIST = "checkpoint"
+_OF_TF = (".index", ".data-")
 _UNFINISHED = "it was not finished"
 _CHUNK_BYTES = 2**24
 
@@ -46,7 +47,7 @@ def commit(path: str, facts: Mapping[str, Any]) -> None:
     directory, name = os.path.split(path)
     step = int(name.rpartition("-")[2])
     files = {file: list(_sum(os.path.join(directory, file)))
-             for file in _files(directory, name) if ".commit" not in file}
+             for file in _files(directory, name) if file.startswith(_OF_TF, len(name))}
     marker = {"step": step, "time": time.time(), "files": files, **facts}
     _put(f"{path}.commit", json.dumps(marker, indent=1, default=str))
 
