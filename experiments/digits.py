@@ -30,6 +30,7 @@ class Digits(mpl.Experiment):
     """8×8 images in 17 grey levels, ten classes."""
 
     Config = Config
+    ranges = {"image": (0, 16), "label": (0, digits.NUM_CLASSES - 1)}
 
     def build_data(self, split, context):
         return digits.load(split)

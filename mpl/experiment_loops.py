@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from mpl import distribute, errors
+from mpl import data, distribute, errors
 from mpl.loop import coordinated as coordinated_lib
 from mpl.loop import evaluator as evaluator_lib
 from mpl.loop import trainer as trainer_lib
@@ -118,13 +118,15 @@ class ExperimentTrainer(trainer_lib.Trainer):
 class ExperimentEvaluator(evaluator_lib.Evaluator):
     """Runs an experiment's `eval_step` over one split.
 
-    Where its length is known, the data repeat and the iterator is kept for the next
-    evaluation: to end one may take seconds, for TensorFlow waits for its autotuner.
+    Arrays repeat, and their iterator is kept for the next evaluation: to end one may
+    take seconds, for TensorFlow waits for its autotuner. Other data are read to their
+    end, which shows whether they are as long as was said.
     """
 
     def __init__(self, experiment: Any, split: str):
         pipeline, eager = experiment.pipelines[split], experiment.config.debug_eager
-        self._length = pipeline.batches_per_epoch
+        is_certain = isinstance(pipeline.source, data.ArraySource)
+        self._length = pipeline.batches_per_epoch if is_certain else None
         dataset = pipeline.dataset(**experiment.shard)
         super().__init__(
             distribute.distribute_dataset(

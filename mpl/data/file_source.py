@@ -15,7 +15,6 @@ from mpl.data.source import EMPTY, Batch, Source, Transform, check_elements
 from mpl.errors import ConfigError
 
 _MAX_STREAMS = 64
-_NO_SEED = (0, 0)
 _WRONG_NUMBER = r"File .* must hold \d+ examples by `examples_per_file` and holds \w+"
 _fold_in = tf.random.experimental.stateless_fold_in
 
@@ -118,7 +117,8 @@ class FileSource(Source):
         def read(path: tf.Tensor) -> tf.data.Dataset:
             examples = self._read(path)
             if self._transform is not None:
-                examples = examples.map(lambda e: self._transform(e, _NO_SEED))
+                seed = tf.zeros([2], tf.int64)
+                examples = examples.map(lambda example: self._transform(example, seed))
             return examples.batch(1).map(check)
 
         reading.count([p for p in self.files if p not in self._has_bad], read)
@@ -243,7 +243,8 @@ def naming_damage(pipelines: Iterable[Any]) -> Iterator[None]:
         yield
     except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
         if found := re.search(_WRONG_NUMBER, error.message):
-            raise ConfigError(f"{found[0]}.", "Correct it or leave it out.") from error
+            cause = f"{reading.original(found[0])}."
+            raise ConfigError(cause, "Correct it or leave it out.") from error
         fault = fault_in(error)
         if fault or isinstance(error, tf.errors.DataLossError) or (
                 "IteratorGetNext" in error.message):

@@ -10,11 +10,14 @@ from absl import logging
 
 from mpl.errors import ConfigError
 
+_COPIES = "ram://mpl-"
 Read = Callable[[tf.Tensor], tf.data.Dataset]
 Counted = tuple[str, int, bool]
 _NOISE = (
     r"\{\{.*?\}\} | \[Op:.*|assertion failed: \[|\.?\](?=$| \[Op)"
     r"|Error in user-defined function passed to .* with iterator: [\w:]*: ")
+_NO_FILE = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError,
+            tf.errors.UnavailableError)
 _FRAME = 8 + 4 + 4  # of a record: its length, the length's checksum, the data's
 
 
@@ -52,9 +55,10 @@ def count(files: Sequence[str], read: Read, max_bad: int = 0) -> list[Counted]:
         except tf.errors.OpError:
             counted.append(_count_good(files[len(counted)], read, bad))
     logging.info(
-        "Counted %d examples in %d files in %.1f s, which `examples_per_file` would "
-        "spare; %d bad records are left out.", sum(good for _, good, _ in counted),
-        len(files), time.monotonic() - start, bad.found)
+        "Counted %d examples in %d files in %.1f s%s.",
+        sum(good for _, good, _ in counted), len(files), time.monotonic() - start,
+        f"; {bad.found} bad records are left out" if max_bad else
+        ", which `examples_per_file` would spare")
     return counted
 
 
@@ -69,7 +73,8 @@ class _Bad:
     ) -> None:
         line = error.message.partition("\n")[0]  # with names of nodes
         reason = re.sub(_NOISE, "", line)
-        cause = f"File {path} cannot be read after {number} examples: {reason}."
+        cause = f"File {original(path)} cannot be read after {number} examples: "
+        cause += f"{reason}."
         if ends or self.found >= self.limit:
             more = f", or skip it: --max_bad_records={self.found + 1}" * (not ends)
             raise ConfigError(cause, f"Repair it or leave it out{more}.") from error
@@ -94,8 +99,13 @@ def _count_good(path: str, read: Read, bad: _Bad) -> Counted:
                 number += record <= number
             # Nobody knows how much of the file is lost with it.
             ends = bad.limit > 0 and isinstance(error, tf.errors.DataLossError)
-            bad.add(path, number, error, ends)
+            bad.add(path, number, error, ends or isinstance(error, _NO_FILE))
             failed += 1
+
+
+def original(text: str) -> str:
+    """Returns a text with the files' own names in place of those of copies."""
+    return re.sub(rf"{_COPIES}[0-9a-f]{{32}}/", "", text)
 
 
 def _without_damage(path: str, bad: _Bad) -> tuple[str, list[int]]:
@@ -127,6 +137,6 @@ def _without_damage(path: str, bad: _Bad) -> tuple[str, list[int]]:
             number += len(removed)
             bad.add(path, number, error)
             removed.append(number)
-            copy = f"ram://{uuid.uuid4().hex}/{path.lstrip('/')}"
+            copy = f"{_COPIES}{uuid.uuid4().hex}/{path}"
             with tf.io.gfile.GFile(copy, "wb") as file:
                 file.write(content[:start] + content[end:])

@@ -25,10 +25,12 @@ _ANSWER_SECS = 5.0
 _LOG = "Look at its log, or wait longer: --cluster_timeout."
 
 
-def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
+def serve(
+    cluster: Cluster, timeout_secs: float = 300.0, preemption_signal: str = "SIGTERM"
+) -> None:
     """Serves as a worker or a parameter server until the chief is gone for a minute.
 
-    After SIGTERM it ends as soon as the chief is gone.
+    After SIGTERM, or the other signal, it ends as soon as the chief is gone.
 
     TensorFlow's servers never end and do not tell whether anybody needs them. The chief
     listens at its address from the time when it has found all of them, so this looks
@@ -37,6 +39,7 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
     Args:
         cluster: of which this process is a worker or a parameter server.
         timeout_secs: how long to wait for the chief to appear.
+        preemption_signal: name of the other signal.
 
     Raises:
         ClusterError: the port is taken, or the chief did not appear.
@@ -51,14 +54,13 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
         remedy = "End the process that uses it, or take another port."
         raise ClusterError(cause, remedy) from error
     logging.info("Serving as %s %d at %s.", cluster.job, cluster.index, server.target)
-    # Ctrl-C and SIGTERM reach all; the chief needs its servers to save.
+    # They reach all; the chief needs its servers to save.
     asked: list[int] = []
     former = {}
     if threading.current_thread() is threading.main_thread():
         former[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        former[signal.SIGTERM] = signal.signal(
-            signal.SIGTERM, lambda number, _: asked.append(number)
-        )
+        for number in {signal.SIGTERM, signal.Signals[preemption_signal]}:
+            former[number] = signal.signal(number, lambda n, _: asked.append(n))
     has_come, deadline = False, time.monotonic() + timeout_secs
     while time.monotonic() < deadline:
         if _answers(chief):
@@ -137,6 +139,9 @@ def check_server_settings(config: Any, replicas: int = 1) -> None:
          "Use --communication=auto."),
         ("reduce_dtype", config.reduce_dtype != "float32", "nothing is summed",
          "Use --reduce_dtype=float32."),
+        ("max_bad_records", config.max_bad_records > 0,
+         "workers do not see copies of files in the chief's memory",
+         "Repair the files, and leave it out."),
         ("bucket_mb", config.bucket_mb != 32, "no variables are packed",
          "Use --bucket_mb=32, the default."),
     )  # fmt: skip

@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import logging
 
 from mpl.distribute.cluster import Cluster
-from mpl.errors import ClusterError
+from mpl.errors import ClusterError, Preempted
 
 _BEAT_SECS = 5.0
 _SILENCE_SECS = 60.0  # after so long without a beat a host counts as gone
@@ -305,7 +305,8 @@ def joined(cluster: Cluster | None, timeout_secs: float) -> Iterator[Peers]:
             while not peers.lost and time.monotonic() < deadline:
                 time.sleep(0.05)
         is_loss = isinstance(error, _OF_LOSS) and peers.lost
-        peers.close(error)
+        # After a preemption all have agreed to end.
+        peers.close(None if isinstance(error, Preempted) else error)
         if is_loss:
             raise peers.error() from error
         raise

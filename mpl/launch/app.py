@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from mpl import data, distribute, errors
 from mpl.errors import ConfigError
 from mpl.experiment import Experiment
 from mpl.launch import flags, identity, predictions, workdir
-from mpl.launch.config import TRAINING_MODES, RunConfig, merged
+from mpl.launch.config import TRAINING_MODES, RunConfig, merged, parse_profile_steps
 from mpl.launch.details import watching
 from mpl.launch.guide import python
 from mpl.launch.intervals import intervals
@@ -92,6 +93,8 @@ def run_program(
         except KeyboardInterrupt:
             sys.exit(130)
 
+    if os.getpid() == 1:  # of a container: SIGTERM does not end it but by a handler
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     try:
         absl_app.run(main, list(argv), flags_parser=read)
     except SystemExit as end:
@@ -146,7 +149,7 @@ def execute(
     servers = cluster if cluster and cluster.has_servers else None
     if servers and servers.job != "chief":
         distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
-        distribute.serve(servers, timeout)
+        distribute.serve(servers, timeout, config.preemption_signal)
         return {}
     with (
         distribute.coordinating(servers, timeout),
@@ -309,6 +312,11 @@ def check_after(experiment: Experiment, config: RunConfig, facts: Mapping) -> No
     changes = [workdir.Change(n, facts.get(n, new[n]), new[n], True) for n in new]
     workdir.accept(config, [change for change in changes if change.old != change.new])
     intervals(config, experiment.train_steps, experiment.batches_per_epoch)
+    first = parse_profile_steps(config.profile_steps)[0] if config.profile_steps else 0
+    if first > experiment.train_steps:
+        raise ConfigError(
+            f"`profile_steps` ({config.profile_steps}) begins after the last step, "
+            f"{experiment.train_steps}.", "Profile earlier steps, or train longer.")
     names = metric_names(experiment) if "validation" in experiment.evaluators else []
     if config.mode in ("eval", "continuous_eval") and not names:
         raise ConfigError(

@@ -115,7 +115,8 @@ def watching(experiment: Experiment, path: str) -> Iterator[None]:
         path: folder of the run.
     """
     config = experiment.config
-    profile = Profile(config.profile_steps, os.path.join(path, "profile"))
+    profile = Profile(config.profile_steps, os.path.join(path, "profile"),
+                      experiment.peers.is_chief)
     watches: list[Any] = [profile] if config.profile_steps else []
     if config.mode in TRAINING_MODES and config.summary_every_steps != 0:
         watches.append(Details(experiment))  # in all processes: they cut blocks alike

@@ -15,6 +15,8 @@ _FILES = (
     "predictions.npz",
 )  # fmt: skip
 
+_OF_A_COMMAND = ("input", "output", "export_weights")
+
 
 def python() -> str:
     """Returns the path of this Python, relative where it lies below this folder."""
@@ -48,6 +50,14 @@ class Guide:
             return f"mpl.run({self._name}, {shown})"
         words = [f"--{name}={written(value)}" for name, value in settings.items()]
         return f"{self._start} {shlex.join(words)}"
+
+    def again(self) -> str:
+        """Returns what to type to do the same again."""
+        given = {name: getattr(self._config, name) for name in _OF_A_COMMAND}
+        default = type(self._config)
+        return self.command(**{
+            name: value for name, value in given.items()
+            if value != getattr(default, name)})
 
     def __str__(self) -> str:
         unit = "train_steps" if self._config.train_steps else "train_epochs"

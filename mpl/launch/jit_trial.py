@@ -22,7 +22,7 @@ FILE = "jit_compile.json"
 # a minute is won back here by steps that are a tenth faster.
 REPAYS_SECS = 600.0
 _PART_SECS, _PARTS, _GAIN = 1.0, 5, 0.95
-_Parts = Generator[tuple[bool, int], float, None]
+_Parts = Generator[tuple[bool, int], float | None, None]
 
 
 class JitTrial:
@@ -81,11 +81,17 @@ class JitTrial:
             self._step += trainer.steps_done
             if trainer.steps_done < count:
                 break
-            self._part = self._parts.send((self._clock() - start) / count)
+            optimizers = tf.nest.flatten(self._experiment.optimizer)
+            is_other = any(optimizer.kept for optimizer in optimizers)  # a step apart
+            self._part = self._parts.send(
+                None if is_other else (self._clock() - start) / count)
         return self._step - first
 
     def _plan(self) -> _Parts:
-        """Yields kind and most steps of each part, and is sent its seconds a step."""
+        """Yields kind and most steps of each part, and is sent its seconds a step.
+
+        None: it is not to be timed.
+        """
         if not self._switches:
             self._switches = [(0, False)]
             yield from self._try()
@@ -95,19 +101,20 @@ class JitTrial:
 
     def _try(self) -> _Parts:
         yield False, sys.maxsize  # traced in it
-        secs = yield False, sys.maxsize
+        secs = yield from _timed(False, sys.maxsize)
         left = (self._experiment.train_steps - self._step) * secs
         if left < REPAYS_SECS:
             return _say(False, f"the {left:.0f} s left would not repay a trial")
         try:
-            compilation = yield True, 1
+            compilation = yield from _timed(True, 1)
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             return self._decide(False, f"XLA failed: {reason}")
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(_PARTS):
             for kind in times:
-                times[kind].append((yield kind, max(1, round(_PART_SECS / secs))))
+                most = max(1, round(_PART_SECS / secs))
+                times[kind].append((yield from _timed(kind, most)))
         ms = {kind: 1e3 * statistics.median(each) for kind, each in times.items()}
         self._decide(
             ms[True] <= _GAIN * ms[False],
@@ -126,6 +133,12 @@ class JitTrial:
         self._switch(compiled)
         _say(compiled, why)
         self._remember(self._switches, why)
+
+
+def _timed(compiled: bool, most: int) -> Generator[tuple[bool, int], Any, float]:
+    while (secs := (yield compiled, most)) is None:
+        pass
+    return secs
 
 
 def trial_of(experiment: Experiment, path: str) -> JitTrial | None:

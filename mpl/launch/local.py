@@ -26,7 +26,8 @@ from mpl.errors import ConfigError
 
 # Below the range from which systems take the ports of outgoing connections.
 _PORTS = range(20000, 32000)
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
+              signal.SIGUSR2)
 _print = functools.partial(print, flush=True)
 _POLL_SECS = 0.1
 _KILL_SECS = 5.0  # between SIGTERM and SIGKILL

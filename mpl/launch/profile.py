@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import tensorflow as tf
+from absl import logging
 
 from mpl.launch.config import parse_profile_steps
 
@@ -19,23 +20,28 @@ class Profile:
     Args:
         steps: FIRST,LAST, see `--profile_steps`; None: none.
         directory: where the trace is written.
+        writes: whether it is written; of processes that train in step one does.
     """
 
-    def __init__(self, steps: str | None, directory: str):
+    def __init__(self, steps: str | None, directory: str, writes: bool = True):
         self._first, self._last = parse_profile_steps(steps) if steps else (0, 0)
-        self._directory, self._runs = directory, False
+        self._directory, self._writes = directory, writes
+        self._runs = self._began = False
 
     def ahead(self, step: int) -> int:
         """Returns how many steps there are to where a block must end."""
+        if self._last and step >= self._last and not self._began and self._writes:
+            self._began = True
+            logging.warning("No profile: step %d is over.", self._last)
         edges = [edge for edge in (self._first - 1, self._last) if edge > step]
         return edges[0] - step if edges else sys.maxsize
 
     @contextlib.contextmanager
     def around(self, end: int) -> Iterator[None]:
         """Is around a block that ends after step `end`."""
-        if not self._runs and self._first <= end <= self._last:
+        if self._writes and not self._runs and self._first <= end <= self._last:
             tf.profiler.experimental.start(self._directory)
-            self._runs = True
+            self._runs = self._began = True
         yield
         if end >= self._last:
             self.stop()

@@ -134,7 +134,7 @@ class Session:
         except (KeyboardInterrupt, Preempted) as end:
             how = "Preempted after" if isinstance(end, Preempted) else "Stopped at"
             text = (f"{how} step {self._step()}; last checkpoint: "
-                    f"{self.checkpoints.latest}\nGo on with: {self._guide.command()}")
+                    f"{self.checkpoints.latest}\nGo on with: {self._guide.again()}")
             self._print(text, file=sys.stderr)
             if self._peers.is_chief:
                 self._log.note(self._step(), text)
@@ -261,7 +261,8 @@ class Session:
             tf.nest.flatten(SavedPredictor(path)(batch)),
             tf.nest.flatten(self.experiment.predictor()(batch)),
         )
-        largest = max(float(np.max(np.abs(a - b))) for a, b in pairs)
+        largest = max(np.max(np.abs(np.subtract(a, b, dtype=np.float64)))
+                      for a, b in pairs)
         self._print(
             f"Exported to {path}; {dtype} export against "
             f"{self.experiment.policy.name} training: largest difference {largest:.1e}"
@@ -299,6 +300,8 @@ class Session:
             checkpoint_every_secs=self.config.checkpoint_every_secs,
             summary_dir=summaries and os.path.join(summaries, "train"),
             eval_summary_dir=summaries,
+            rewrite_summaries=(
+                self.config.mode in TRAINING_MODES or workdir.is_free(self.path)),
             reporters=self._reporters,
             after_restore=experiment.after_restore,
             agree=self._peers.any_of if self._peers.size > 1 else None,

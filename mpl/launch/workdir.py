@@ -159,6 +159,15 @@ def lock(workdir: str) -> contextlib.AbstractContextManager:
     return file
 
 
+def is_free(workdir: str) -> bool:
+    """Says whether it is known that no other process trains in the folder."""
+    try:
+        with lock(workdir):
+            return "://" not in workdir
+    except (ConfigError, OSError):
+        return False
+
+
 def write_flagfile(workdir: str, config: RunConfig, facts: Mapping = {}) -> str:
     """Writes all settings that make the run, and returns the file's path.
 

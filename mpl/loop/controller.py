@@ -87,6 +87,8 @@ class Controller:
         summary_dir: Where summaries of training are written, for TensorBoard.
         eval_summary_dir: Where those of evaluation are, a folder for each set; None:
             in `summary_dir`. One evaluator without a name is of the set "validation".
+        rewrite_summaries: Delete there what this run writes again; False beside another
+            process that writes.
         reporters: Hear of values and results.
         after_restore: Called when a checkpoint was restored.
         agree: Called with booleans by which this process wants to stop; returns for
@@ -112,6 +114,7 @@ class Controller:
         checkpoint_every_steps: int | None = None,
         checkpoint_every_secs: float | None = None, summary_interval: int | None = None,
         summary_dir: str | None = None, eval_summary_dir: str | None = None,
+        rewrite_summaries: bool = True,
         reporters: Sequence[Reporter] = (),
         after_restore: Callable[[], Any] = lambda: None,
         agree: Callable[[Sequence[bool]], Sequence[bool]] | None = None,
@@ -135,7 +138,8 @@ class Controller:
         self.evaluator: Any = evaluator
         self.train_actions, self.eval_actions = train_actions or (), eval_actions or ()
         self.checkpoint_manager, self.reporters = checkpoint_manager, tuple(reporters)
-        self._summaries = Summaries(global_step, summary_dir, eval_summary_dir)
+        self._summaries = Summaries(
+            global_step, summary_dir, eval_summary_dir, rewrite_summaries)
         self._after_restore, self._clock = after_restore, clock
         self._agree = agree or (lambda flags: flags)
         runners = [each for each in (trainer, *_named(evaluator).values()) if each]
@@ -201,6 +205,7 @@ class Controller:
             for reporter in self.reporters:
                 reporter.evaluation(step, split, values)
         output = results if named else results["validation"]
+        self._watchdog.enter("actions after an evaluation")
         for action in self.eval_actions:
             action(output)
         return output
@@ -226,6 +231,7 @@ class Controller:
         for path in tf.train.checkpoints_iterator(directory, 0, timeout, timeout_fn):
             self.restore_checkpoint(path)
             output = self.evaluate(steps)
+            self._watchdog.enter(None)  # the next one may be long in coming
             if self._interrupt.requested:
                 break
         if output is None and not self._interrupt.requested:
@@ -321,12 +327,14 @@ class Controller:
                     self._background("check")
                     for action in self.train_actions:
                         action(output)
-                    logs = not goes_on() or due(self._log_every)
+                    more = goes_on()
+                    logs = not more or due(self._log_every)
                     self._report(step, output, logs, due(self._summary_every))
                     if due(eval_every):
                         evaluate_now()
                     passed = self._clock() - self._saved_time
-                    if due(self._save_every) or passed >= self._save_secs:
+                    is_due = due(self._save_every) or passed >= self._save_secs
+                    if is_due and (more or not saves):  # else after the evaluation
                         self._save_once(step)
                 self._report(step, output, logs=True)
                 too_short = step < steps and not self.stop_training

@@ -30,12 +30,17 @@ class Summaries:
         global_step: int64 variable.
         directory: For those of training, the split "train"; or None.
         eval_directory: With a folder for each other split; None: as the other.
+        rewrites: Whether it deletes; False: nothing, as another process may write.
     """
 
-    def __init__(self, global_step: tf.Variable, directory: Any, eval_directory: Any):
+    def __init__(
+        self, global_step: tf.Variable, directory: Any, eval_directory: Any,
+        rewrites: bool = True,
+    ):
+        self._rewrites = rewrites
         self._directory, self._eval_directory = directory, eval_directory or directory
         if self._eval_directory and importlib.util.find_spec("tensorboard") is None:
-            logging.warning("No summaries: they need `pip install tensorboard`.")
+            _say_what_is_missing()
             self._directory = self._eval_directory = None
         self._global_step = global_step
         self._writer_of = functools.cache(self._open)
@@ -64,12 +69,20 @@ class Summaries:
         path = os.path.join(self._eval_directory, split)
         if split == "train":
             path = self._directory
+        if not self._rewrites:
+            return tf.summary.create_file_writer(path)
+        if split == "train":
             for folder, *_ in tf.io.gfile.walk(self._eval_directory):
                 _keep(folder, lambda event: event.step <= step)
             _keep(path, functools.partial(_is_before, step))
         else:  # an evaluation of an older checkpoint leaves later ones alone
             _keep(path, lambda event: event.step != step and not event.graph_def)
         return tf.summary.create_file_writer(path)
+
+
+@functools.cache  # once a process
+def _say_what_is_missing() -> None:
+    logging.warning("No summaries: they need `pip install tensorboard`.")
 
 
 def _is_before(step: int, event: Any) -> bool:

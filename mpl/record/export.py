@@ -29,7 +29,7 @@ def export_saved_model(
 
     It is written beside `path` and then renamed: a former export stays until the new
     one is whole. On other file systems, such as `gs://`, whose folders are not renamed
-    at once, it is deleted first; there `mpl_export.json` is written last.
+    at once, it is deleted first.
 
     Args:
         module: `tf.Module` or Keras model that holds the variables `predict_fn` reads.
@@ -69,11 +69,12 @@ def export_saved_model(
     is_local = "://" not in path
     beside = f"{path.rstrip('/')}.tmp-{uuid.uuid4().hex[:8]}" if is_local else path
     try:
-        if not is_local and tf.io.gfile.exists(path):
-            tf.io.gfile.rmtree(path)
+        if not is_local:
+            if tf.io.gfile.exists(path):
+                tf.io.gfile.rmtree(path)
+            _say(path, {"run": run})  # whose it is, should this be cut off
         tf.saved_model.save(exported, beside, signatures=signature)
-        with tf.io.gfile.GFile(os.path.join(beside, INFO_FILE), "w") as file:
-            json.dump({"run": run, **info, "versions": versions}, file, indent=2)
+        _say(beside, {"run": run, **info, "versions": versions})
         if is_local:
             old = f"{beside}-old"
             if tf.io.gfile.exists(path):
@@ -90,6 +91,12 @@ def export_saved_model(
         if is_local and tf.io.gfile.exists(beside):
             tf.io.gfile.rmtree(beside)
     return path
+
+
+def _say(path: str, info: Mapping[str, Any]) -> None:
+    tf.io.gfile.makedirs(path)
+    with tf.io.gfile.GFile(os.path.join(path, INFO_FILE), "w") as file:
+        json.dump(info, file, indent=2)
 
 
 class SavedPredictor:

@@ -16,6 +16,8 @@ class Goodput:
         wall       = time since the run first started, while it was down included
         lost steps = those reported that a restart, from a checkpoint, makes again
 
+    What happens in blocks counts as productive, tracing and histograms included.
+
     A restart is a start without `finish` before it; the time between a complete
     training and a longer one does not count. The figures are in a small file that is
     replaced at each start and report, so that they are right after a kill, up to what

@@ -146,10 +146,13 @@ def write(path: str | os.PathLike[str]) -> pathlib.Path:
     """
     folder = pathlib.Path(path)
     name = folder.name
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    class_name = "".join(part.capitalize() for part in name.split("_"))
+    words = {keyword.iskeyword(word) for word in (name, class_name)}
+    if not re.fullmatch(r"[a-z][a-z0-9]+(_[a-z][a-z0-9]+)*", name) or True in words:
         raise ConfigError(
-            f"`name` ({name}) must be small letters, digits and _, begin with a letter "
-            "and be no word of Python's own.", "Write for example my_experiment.")
+            f"`name` ({name}) must be words of two small letters and digits or more, "
+            "each beginning with a letter, with _ between them, and be no word of "
+            "Python's own.", "Write for example my_experiment.")
     if os.path.lexists(folder):
         raise ConfigError(
             f"`name` ({folder}) must be a folder that is not there yet.",
@@ -159,7 +162,6 @@ def write(path: str | os.PathLike[str]) -> pathlib.Path:
         raise ConfigError(
             f"`name` ({name}) must not be that of a module that Python has already: "
             f"{spec.origin}.", f"Write for example my_{name}.")
-    class_name = "".join(part.capitalize() for part in name.split("_"))
 
     def named(text: str) -> str:
         text = text.replace("my_experiment", name)
@@ -185,7 +187,9 @@ def _requirement() -> str:
     """Names mpl as it is here: a clone by its folder, else by its version."""
     root = pathlib.Path(mpl.__file__).resolve().parents[1]
     is_clone = (root / "setup.cfg").exists()
-    return f"mpl @ {root.as_uri()}" if is_clone else f"mpl=={mpl.__version__}"
+    # Whatever bears the name in an index may be something else.
+    own = f"# mpl {mpl.__version__}: install it from where you have it"
+    return f"mpl @ {root.as_uri()}" if is_clone else own
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,8 +17,8 @@ SIGNATURES = {
         "*eval_actions=, *steps_per_loop=, *log_every_steps=, *eval_every_steps=, "
         "*checkpoint_manager=, *checkpoint_every_steps=, "
         "*checkpoint_every_secs=, *summary_interval=, *summary_dir=, "
-        "*eval_summary_dir=, *reporters=, *after_restore=, *agree=, "
-        "*interrupt=, *watchdog=, *evaluation_due=, *clock="
+        "*eval_summary_dir=, *rewrite_summaries=, *reporters=, *after_restore=, "
+        "*agree=, *interrupt=, *watchdog=, *evaluation_due=, *clock="
     ),
     "DataContext": "data_dir, global_batch_size, seed, compute_dtype, max_bad_records=",
     "DatasetSource": "dataset, num_examples=",

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "loop": set(),
     "step": {"precision"},
     "inference": {"distribute", "data", "precision", "record"},
-    "experiment_loops": {"distribute", "loop"},
+    "experiment_loops": {"distribute", "data", "loop"},
     "experiment_data": {"data"},
     "experiment": {"distribute", "data", "precision", "step", "loop", "record"}
     | {"inference", "experiment_loops", "experiment_data"},
@@ -204,9 +204,9 @@ def test_the_size_of_mpl_does_not_grow_unnoticed():
     """Above the design's 2,200 and 4,500; BUILD_NOTES.md says why."""
     core = {"precision", "step", "loop", "distribute", "data"}
     sizes = {path: _code_lines(path) for path in MPL}
-    assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 4700
+    assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 4735
     tools = sum(n for path, n in sizes.items() if path.parent.name == "tools")
-    assert sum(sizes.values()) - tools <= 7920 and tools <= 965
+    assert sum(sizes.values()) - tools <= 7995 and tools <= 970
 
 
 def test_no_fit_and_no_compile():

@@ -128,6 +128,18 @@ def _compress(file):
     pathlib.Path(file).write_bytes(content[:len(content) // 2])
 
 
+def test_a_file_that_is_not_there_is_no_bad_record(tmp_path, warned):
+    files = _write(tmp_path, 6, 6)
+
+    def read(path):
+        there = tf.where(path == files[1], path + "-gone", path)
+        return tf.data.TFRecordDataset(there).map(_parse)
+
+    with pytest.raises(ConfigError, match=f"{files[1]} .* 0 examples: .*-gone") as e:
+        FileSource(files, read, max_bad_records=9)
+    assert e.value.remedy == "Repair it or leave it out." and not warned
+
+
 def test_what_nobody_knows_the_size_of_is_an_error(tmp_path, warned):
     files = _write(tmp_path, 6, 6)
     _damage(files[0], 0, 2, "length")

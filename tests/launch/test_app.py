@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -302,3 +303,15 @@ def test_a_script_as_a_process(tmp_path, arguments, code, out, err):
     assert run.returncode == code and "Traceback" not in run.stderr
     assert out in run.stdout and "not reached" not in run.stdout
     assert err is None or run.stderr.splitlines()[-1] == err
+
+
+def test_the_first_process_of_a_container_is_ended_by_sigterm():
+    code = ("import os, signal; os.getpid = lambda: 1\n"
+            "from experiments.digits import Digits\n"
+            "from mpl.launch import app\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the kernel does\n"
+            "app.absl_app.run = lambda *_, **__: signal.raise_signal(signal.SIGTERM)\n"
+            "app.run_program(Digits, {}, ['digits'])")
+    root = pathlib.Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, cwd=root)
+    assert ended.returncode == 143

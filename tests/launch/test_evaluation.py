@@ -47,6 +47,19 @@ def test_each_is_of_the_whole_split(numbers, split):
     assert losses(evaluator, 1, 2, -1, 9) == [1.5, 3.5, 4.5, 4.5]
 
 
+def test_one_evaluation_shows_that_a_dataset_is_longer_than_was_said(strategy_of):
+    class Longer(Numbers):
+        def build_data(self, split, context):
+            dataset = tf.data.Dataset.from_tensor_slices({"x": NUMBERS[:, None]})
+            return mpl.DatasetSource(dataset.filter(lambda example: True), 8)
+
+    experiment = Longer()
+    config = mpl.RunConfig(train_steps=1, global_batch_size=4, policy="float32")
+    experiment.setup(config, strategy_of(1))
+    with pytest.raises(tf.errors.FailedPreconditionError, match="at least 9"):
+        experiment.evaluators["validation"].evaluate()
+
+
 def test_the_iterator_stays_as_long_as_it_stands_at_the_first_batch(numbers):
     evaluator = numbers.evaluators["validation"]
     evaluator.evaluate()

@@ -108,7 +108,8 @@ def fake(train_steps):
         step.assign_add(count)
 
     experiment = types.SimpleNamespace(
-        global_step=step, trainer=trainer, train_steps=train_steps)
+        global_step=step, trainer=trainer, train_steps=train_steps,
+        optimizer=types.SimpleNamespace(kept=[]))
     return experiment, train
 
 
@@ -128,6 +129,20 @@ def test_the_faster_kind_stays_and_uncompiled_in_doubt(compiled, wins):
     assert [kind for _, kind in switches] == [False, True] * 5 + [False] + [True] * wins
     words = f"{1e3 * compiled:.4g} ms a step compiled, 250 uncompiled, {compiled:.1f} s"
     assert words in why
+
+
+def test_a_step_that_is_traced_apart_is_not_timed():
+    """As those whose gradients are shown: every tenth here, of 100 s."""
+    experiment, train = fake(10_000)
+    trial, optimizer = Timed(experiment, 0.1, 0.25), experiment.optimizer
+    secs = dict(trial._secs)
+    for number in range(20):
+        optimizer.kept = [number] if number % 2 else []
+        trial._secs = dict.fromkeys(secs, 100.0) if number % 2 else secs
+        trial.train(train, 1 if number % 2 else 9)
+    (switches, why), = trial.remembered
+    assert why == "100 ms a step compiled, 250 uncompiled, 0.1 s of compilation"
+    assert switches[-1][1]
 
 
 def test_what_is_left_must_repay_it():

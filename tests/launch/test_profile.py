@@ -2,6 +2,7 @@
 
 import pytest
 import tensorflow as tf
+from absl import logging
 
 from mpl.errors import ConfigError
 from mpl.launch.config import RunConfig, parse_profile_steps
@@ -34,7 +35,9 @@ class Profiler:
     ("4,9", 5, [5, 9]), ("4,9", 9, []), ("18,40", 0, [17, 20]), (None, 0, []),
 ])
 def test_exactly_these_steps(steps, begin, expected, block, monkeypatch, capsys):
-    profiler = Profiler(monkeypatch)
+    profiler, said = Profiler(monkeypatch), []
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *args: said.append(text % args))
     profile = Profile(steps, "my profile")
     profiler.run(profile, begin, 20, block)
     profile.stop()
@@ -42,10 +45,19 @@ def test_exactly_these_steps(steps, begin, expected, block, monkeypatch, capsys)
     assert [name for name, _ in profiler.calls] == ["start", "stop"][:len(expected)]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(expected) // 2
+    assert said == (["No profile: step 9 is over."] if begin == 9 else [])
     if lines:
         first, last = steps.split(",")
         assert lines[0].startswith(f"Profile of steps {first} to {last}: ")
         assert lines[0].endswith("tensorboard --logdir='my profile'")
+
+
+def test_one_of_several_processes_writes(monkeypatch, capsys):
+    profiler = Profiler(monkeypatch)
+    profile = Profile("2,3", "p", writes=False)
+    assert [profile.ahead(step) for step in (0, 1, 2)] == [1, 2, 1]  # as the others
+    profiler.run(profile, 0, 5, 2)
+    assert profiler.calls == [] and not capsys.readouterr().out
 
 
 def test_it_says_what_to_install(monkeypatch, capsys):

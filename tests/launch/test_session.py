@@ -315,3 +315,11 @@ def test_commands_of_a_program_are_shell_words():
     assert one.command(mode="eval", early_stop=None) == (
         "python -m line '--workdir=my runs/1' --mode=eval --early_stop=none"
     )
+
+
+def test_the_same_again_keeps_what_the_command_alone_says():
+    line = Line()
+    line.config = Config(mode="predict", input="x.npz", output="my y.npz")
+    assert Guide(line, "runs/1", "python -m line").again() == (
+        "python -m line --workdir=runs/1 --mode=predict --input=x.npz "
+        "'--output=my y.npz'")

@@ -100,7 +100,10 @@ def test_checkpoints_without_a_flagfile_warn(tmp_path, monkeypatch):
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     code = "import sys, mpl.launch.workdir as w; w.lock(sys.argv[1]); print('held')"
     command = [sys.executable, "-c", code, str(tmp_path)]
+    assert workdir.is_free(str(tmp_path)) and not workdir.is_free("gs://bucket/run")
+    assert not workdir.is_free(str(tmp_path / "none"))
     with workdir.lock(str(tmp_path)):
+        assert not workdir.is_free(str(tmp_path))
         with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
             workdir.lock(str(tmp_path))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

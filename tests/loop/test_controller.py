@@ -153,6 +153,20 @@ def build(start=0, values=(0.5,), trainer=None, **kwargs):
     return controller, events
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_the_last_checkpoint_holds_what_the_last_evaluation_found(saves):
+    controller, events = build(
+        steps_per_loop=10, checkpoint_every_steps=5, values=(0.5, 0.5))
+    if saves:
+        controller.train_and_evaluate(10, eval_interval=8)
+    else:
+        controller.train(10, checkpoint_at_completion=False)
+    order = [event[:2] for event in events if event[0] in ("evaluation", "save")]
+    assert order == (
+        [("save", 5), ("evaluation", 8), ("evaluation", 10), ("save", 10)] if saves
+        else [("save", 5), ("save", 10)])
+
+
 def steps_of(events, kind):
     return [event[1] for event in events if event[0] == kind]
 

@@ -106,6 +106,18 @@ def test_an_evaluation_of_an_older_step_leaves_later_ones_alone(tmp_path):
         ("loss", 3): 1.0, ("loss", 6): 2.0, ("loss", 9): 1.0}
 
 
+def test_beside_another_process_nothing_is_deleted(tmp_path):
+    for rewrites in (True, False):
+        step = tf.Variable(5, dtype=tf.int64)
+        summaries = Summaries(step, str(tmp_path / "train"), str(tmp_path), rewrites)
+        summaries.write("validation", {"loss": 1.0})
+        summaries.write("train", {"loss": 1.0})
+    for split in ("train", "validation"):
+        files = [str(path) for path in (tmp_path / split).iterdir()]
+        records = [sum(1 for _ in tf.data.TFRecordDataset(file)) for file in files]
+        assert records == [2, 2]  # the version, and the loss
+
+
 def test_a_file_whose_writer_was_killed_is_kept_as_far_as_it_goes(tmp_path):
     step = tf.Variable(0, dtype=tf.int64)
     summaries = Summaries(step, str(tmp_path), None)
