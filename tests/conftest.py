@@ -3,9 +3,12 @@
 import os
 import signal
 
-# What a shell starts in the background ignores Ctrl-C, which the tests send.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background ignores Ctrl-C, and what nohup starts SIGHUP;
+# the tests send both.
+for number, handler in ((signal.SIGINT, signal.default_int_handler),
+                        (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Before TensorFlow is imported; tests that start a subprocess pass these on to it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -10,7 +10,7 @@ from tests.drill.compare import differences
 from tests.drill.drill import Drill, Job, Row
 from tests.drill.run import Run, until
 
-# What a kill aims at, and how often of ten.
+# What a kill aims at, and how often of ten; an evaluation with a checkpoint before it.
 AIMS = {"any moment": 5, "an evaluation": 2, "a save": 3}
 _KINDS = (*["one_device"] * 3, "files", "mirrored", *["one_device"] * 4, "files")
 _KILLS_A_LIFE = 10
@@ -67,7 +67,8 @@ def kill(run: Run, chance: random.Random, startup_secs: float) -> dict | None:
             until(process, lambda: run.phase() == "training")
             until(process, secs=secs * _TRAINING_SECS)
             until(process, {
-                "an evaluation": lambda: run.phase().startswith("evaluation"),
+                "an evaluation": lambda: (
+                    run.phase().startswith("evaluation") and run.committed()),
                 "a save": lambda: run.unfinished() - before}[aim])
             until(process, secs=late_secs)
         process.kill()
