@@ -95,8 +95,10 @@ def export_saved_model(
 
 def _say(path: str, info: Mapping[str, Any]) -> None:
     tf.io.gfile.makedirs(path)
-    with tf.io.gfile.GFile(os.path.join(path, INFO_FILE), "w") as file:
-        json.dump(info, file, indent=2)
+    file = os.path.join(path, INFO_FILE)
+    with tf.io.gfile.GFile(f"{file}.tmp", "w") as written:
+        json.dump(info, written, indent=2)
+    tf.io.gfile.rename(f"{file}.tmp", file, overwrite=True)
 
 
 class SavedPredictor:
