@@ -33,17 +33,17 @@ def folder(tmp_path_factory):
     return path / "runs"
 
 
-@pytest.mark.slow
-def test_reports_are_written(folder):
+@pytest.mark.slow  # one test: pytest's workers would each make the folder
+def test_reports_are_written_and_policies_compared(folder):
     for name in ("first/report", "both", "policies/curves"):
         assert sorted(os.listdir(folder / name)) == [
             "metrics.png", "report.html", "training.png"]
     both = (folder / "both" / "report.html").read_text()
     assert re.search(r">--learning_rate</th><td>0.002</td><td>0.01</td>", both)
+    policies_are_compared(folder)
 
 
-@pytest.mark.slow
-def test_policies_are_compared(folder):
+def policies_are_compared(folder):
     found = json.loads((folder / "policies" / "compare.json").read_text())
     assert list(found["policies"]) == ["float32", "mixed_bfloat16"]
     assert found["seeds"] == [0, 1] and found["metric"] == "accuracy"
