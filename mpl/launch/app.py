@@ -136,6 +136,7 @@ def execute(
         given: values that the user gives; they win.
         start: command that starts the program, for hints; None: in a notebook.
     """
+    defaults, given = _without_links(defaults), _without_links(given)
     config = merged(experiment_class.Config or RunConfig, defaults, given)
     cluster = distribute.find_cluster()
     if config.device_report:  # of this process
@@ -158,6 +159,14 @@ def execute(
         experiment = experiment_class()
         experiment.peers = peers
         return _execute(experiment, config, defaults, given, cluster, start)
+
+
+def _without_links(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Says where `init_from` is now: `latest` will be the run that begins."""
+    path = str(settings.get("init_from"))
+    real = os.path.realpath(path)
+    is_link = "://" not in path and real != os.path.abspath(path)
+    return {**settings, **({"init_from": real} if is_link else {})}
 
 
 def _predict_saved(experiment: Experiment, config: RunConfig) -> Results:

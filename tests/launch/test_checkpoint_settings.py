@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
+from mpl.launch import workdir
 from mpl.launch.config import RunConfig, parse_best_metric
 
 
@@ -44,7 +45,9 @@ def test_what_is_kept_and_the_best(tmp_path):
     assert marker["flags"]["keep_every_steps"] == 3
 
 
-def test_pretrained_weights_begin_a_new_run_and_its_averages(tmp_path, capsys):
+def test_pretrained_weights_begin_a_new_run_and_its_averages(
+    tmp_path, capsys, monkeypatch
+):
     mpl.run(Line, **SETTINGS, workdir=str(tmp_path / "one"))
     experiment = Line()
     config = RunConfig(**SETTINGS, ema_decay=0.9)
@@ -64,6 +67,19 @@ def test_pretrained_weights_begin_a_new_run_and_its_averages(tmp_path, capsys):
     mpl.run(Line, **SETTINGS, workdir=str(tmp_path / "two"),
             init_from=str(tmp_path / "one"))
     assert "ckpt-8: 2 of 2 variables" in capsys.readouterr().out
+    (tmp_path / "latest").symlink_to("one")
+    read, create = [], workdir.create
+    monkeypatch.setattr(Line, "init_from", lambda self, path: read.append(path))
+
+    def moved(*args):
+        (tmp_path / "latest").unlink()
+        (tmp_path / "latest").symlink_to("four")
+        return create(*args)
+
+    monkeypatch.setattr(workdir, "create", moved)
+    mpl.run(Line, **SETTINGS, workdir=str(tmp_path / "four"),
+            init_from=str(tmp_path / "latest"))
+    assert read == [str(tmp_path / "one")]
     with pytest.raises(mpl.ConfigError, match=r"`init_from` \(nowhere\) must be a"):
         mpl.run(Line, **SETTINGS, workdir=str(tmp_path / "three"), init_from="nowhere")
 
