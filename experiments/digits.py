@@ -10,7 +10,6 @@ Data: UCI optical recognition of handwritten digits, in experiments/datasets.
 import dataclasses
 
 import keras
-import tensorflow as tf
 
 import mpl
 from experiments.datasets import digits
@@ -58,7 +57,7 @@ class Digits(mpl.Experiment):
         return {"accuracy": keras.metrics.SparseCategoricalAccuracy()}
 
     def predict(self, batch):
-        return tf.nn.softmax(self.model(batch["image"], training=False))
+        return keras.ops.softmax(self.model(batch["image"], training=False))
 
     def from_pixels(self, pixels):  # of image files; the data have 17 grey levels
         return (pixels / 255 * 16).round()

@@ -190,7 +190,7 @@ def test_whose_wakeup_descriptor_it_was_hears_of_signals_too():
 
 
 def test_a_forked_process_ends_by_the_signal_and_this_one_hears_nothing():
-    interrupt = Interrupt()
+    interrupt, former = Interrupt(), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with interrupt:
         if not (pid := os.fork()):
             try:
@@ -201,6 +201,7 @@ def test_a_forked_process_ends_by_the_signal_and_this_one_hears_nothing():
         assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
         time.sleep(0.05)
         assert interrupt.requested is None
+    signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
 def test_no_thread_and_no_descriptor_is_left():
