@@ -21,6 +21,7 @@ from mpl.loop import (
     NewBestMetric,
     Reporter,
     Trainer,
+    Watchdog,
 )
 
 
@@ -653,3 +654,23 @@ def test_a_real_trainer_is_traced_once_in_blocks_of_many_lengths():
     controller.train(90)
     assert trainer.loop._traced.experimental_get_tracing_count() == 1
     assert float(trainer.total) == sum(range(90))
+
+
+def test_the_watchdog_knows_that_the_next_checkpoint_may_be_long_in_coming(monkeypatch):
+    phases = []
+
+    class Listening(Watchdog):
+        def enter(self, phase, loop=None):
+            phases.append(phase)
+
+    controller, _ = build(watchdog=Listening(None))
+
+    def checkpoints(*_):
+        for path in ("ckpt-3", "ckpt-6"):
+            yield path
+            assert phases[-1] is None
+
+    monkeypatch.setattr(tf.train, "checkpoints_iterator", checkpoints)
+    controller.evaluate_continuously(timeout=0)
+    one = ["restoring", "evaluation of validation", "actions after an evaluation", None]
+    assert phases == 2 * one
