@@ -323,6 +323,25 @@ def test_serving_ends_after_the_chief_and_needs_one(impatient, monkeypatch):
     assert not serving.is_alive()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_after_a_signal_serving_ends_with_the_chief(number, monkeypatch):
+    fake = types.SimpleNamespace(target="grpc://there")
+    monkeypatch.setattr(tf.distribute, "Server", lambda *_, **__: fake)
+    cluster, former = cluster_of("worker"), signal.getsignal(number)
+    host, _, port = cluster.jobs["chief"][0].rpartition(":")
+    chief, start = socket.create_server((host, int(port))), time.monotonic()
+    threads = [threading.Timer(2.0, os.kill, (os.getpid(), number)),
+               threading.Timer(4.0, chief.close)]
+    for thread in threads:
+        thread.start()
+    serve(cluster, 30.0, "SIGUSR1")
+    for thread in threads:
+        thread.join()
+    assert 4.0 <= time.monotonic() - start < 30  # else a minute after the chief
+    assert signal.getsignal(number) == former
+
+
 def test_a_port_in_use_is_an_error():
     cluster = cluster_of("worker")
     port = int(cluster.jobs["worker"][0].partition(":")[2])
@@ -339,6 +358,9 @@ def test_a_port_in_use_is_an_error():
      "parameter_server: a step's variables lie elsewhere.\nUse --jit_compile=auto."),
     ("num_devices", 2, "`num_devices` (2) does not go with `strategy` "
      "parameter_server: a worker has one device.\nLeave it out."),
+    ("max_bad_records", 3, "`max_bad_records` (3) does not go with `strategy` "
+     "parameter_server: workers do not see copies of files in the chief's memory.\n"
+     "Repair the files, and leave it out."),
     ("communication", "ring", "`communication` (ring) does not go with `strategy` "
      "parameter_server: nothing is summed.\nUse --communication=auto."),
 ])  # fmt: skip

@@ -380,7 +380,8 @@ def test_an_exception_here_leaves_nothing(program, tmp_path, monkeypatch):
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_are_passed_on(number, started, tmp_path):
     former = signal.getsignal(number)
     thread = signal_when(tmp_path / "worker 1", number)
