@@ -65,7 +65,7 @@ class CifarResnet(mpl.Experiment):
     def build_data(self, split, context):
         config, folder = self.config, context.data_dir
         examples = cifar.load(split, folder, config.dataset, config.holdout)
-        if split != "train":
+        if split != "train" or examples is None:
             return examples
         # A digit's mirror image is none.
         augment = functools.partial(crop_and_mirror, mirrors=folder is not None)
