@@ -1,5 +1,6 @@
 """The ResNet is the paper's, and learns; its crops go on where a run stopped."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -35,7 +36,7 @@ def test_the_weights_are_those_of_the_paper(depth, convolutions, statistics):
     trained = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     assert trained == convolutions + 2 * statistics + 650
     # Table 6 of the paper, in millions.
-    assert round(trained / 1e6, 2) == {20: 0.27, 56: 0.86}[depth]
+    assert round(trained / 1e6, 2) == {20: 0.27, 56: 0.85}[depth]
     assert len([v for v in model.trainable_variables if len(v.shape) > 1]) == depth
     projected = resnet(depth, 10, projection=True)
     assert projected.count_params() == model.count_params() + 16 * 32 + 32 * 64
@@ -44,11 +45,11 @@ def test_the_weights_are_those_of_the_paper(depth, convolutions, statistics):
 def test_a_shortcut_has_every_second_pixel_and_zeros():
     model = resnet(8, 10)
     add = [layer for layer in model.layers if type(layer).__name__ == "Add"][1]
-    inside = type(model)(model.inputs, add.input)
+    inside = keras.Model(model.inputs, add.input)
     image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     shortcut, _ = inside(image)
     first = [layer for layer in model.layers if type(layer).__name__ == "ReLU"][2]
-    before = type(model)(model.inputs, first.output)(image).numpy()
+    before = keras.Model(model.inputs, first.output)(image).numpy()
     assert shortcut.shape == (2, 16, 16, 32)
     np.testing.assert_array_equal(shortcut[..., 8:24], before[:, ::2, ::2])
     assert before.any() and not shortcut[..., :8].numpy().any()
@@ -113,7 +114,7 @@ def test_images_are_cropped_and_mirrored_the_same_on_resume(folder, strategy_of)
             np.testing.assert_array_equal(batch[name], batches[position][name])
     assert batches[0]["image"].shape == (16, 32, 32, 3)
     # Each epoch, of 3 batches, has crops of its own: each record's differ.
-    originals = {bytes(row[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes())
+    originals = {row[1:].reshape(3, 32, 32).transpose(1, 2, 0).tobytes()
                  for number in range(5) for row in records(number, 8)}
     seen = [image.numpy().tobytes() for batch in batches[:6]
             for image, weight in zip(batch["image"], batch["weight"]) if weight]
