@@ -13,7 +13,7 @@ learns the embedded digits, enlarged.
 Source: He, Zhang, Ren and Sun 2015, section 4.2, https://arxiv.org/abs/1512.03385. As
 there: 128 images a step, rate 0.1, a tenth of it after half and after three quarters of
 the steps, momentum 0.9, weight decay 1e-4, crops and mirror images, shortcuts without
-weights. Not as there: pixels lose one mean, not that of each pixel; kernels alone decay.
+weights. Unlike there pixels lose one mean, not one each, and kernels alone decay.
 """
 
 import dataclasses

@@ -58,12 +58,12 @@ class Linear(mpl.Experiment):
         y = self.predict(batch)
         w, b = (self.policy.cast_to_output(variable) * tf.ones_like(y)
                 for variable in (self.model.w, self.model.b))
-        outputs = {"error": (batch["y"], y), "w": w, "b": b}
-        return mpl.LossOutput(tf.square(y - batch["y"]), batch["weight"], outputs)
+        error = y - batch["y"]
+        outputs = {"error": tf.abs(error), "w": w, "b": b}
+        return mpl.LossOutput(tf.square(error), batch["weight"], outputs)
 
     def metrics(self):
-        return {"error": keras.metrics.MeanAbsoluteError(),
-                "w": keras.metrics.Mean(), "b": keras.metrics.Mean()}
+        return {name: keras.metrics.Mean() for name in ("error", "w", "b")}
 
     def predict(self, batch):
         x = self.policy.cast_to_compute(batch["x"])

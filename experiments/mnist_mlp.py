@@ -2,7 +2,7 @@
 
     python -m experiments.mnist_mlp --data_dir=mnist --hidden=512 --layers=3
 
-The folder is that of experiments/mnist_cnn.py; without it the embedded digits, enlarged,
+The folder is that of experiments/mnist_cnn.py; without it embedded digits, enlarged,
 are learned. Loss and accuracy of training and test images after each of 10 epochs,
 beside those of float32, as a table and a picture:
 

@@ -141,7 +141,7 @@ def _find(data_dir: str, layout: Layout, names: tuple[str, ...]) -> list[str]:
         if not missing:
             return paths
     raise mpl.ConfigError(
-        f"`data_dir` ({data_dir}) lacks {names[0]} or another of {len(names)} files, in "
-        f"itself and in {layout.folder}.",
+        f"`data_dir` ({data_dir}) lacks {names[0]} or another of {len(names)} files, "
+        f"in itself and in {layout.folder}.",
         "Unpack the binary version there, or leave --data_dir out for the embedded "
         "digits.")

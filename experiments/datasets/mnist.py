@@ -135,8 +135,8 @@ def _read_npz(path: str, part: str) -> tuple[np.ndarray, np.ndarray]:
         raise mpl.ConfigError(cause, _AGAIN) from error
     for name, array, shape in (("x", image, _SIZE), ("y", label, ())):
         _check(array.dtype == np.uint8 and array.shape[1:] == shape and array.ndim > 0,
-               f"{name}_{part} of {path} is {array.dtype} {list(array.shape)}, and must "
-               f"be uint8 [n{''.join(f', {size}' for size in shape)}].")
+               f"{name}_{part} of {path} is {array.dtype} {list(array.shape)}, and "
+               f"must be uint8 [n{''.join(f', {size}' for size in shape)}].")
     return image, label
 
 

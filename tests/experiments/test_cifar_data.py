@@ -82,7 +82,7 @@ def test_fewer_images_than_there_are_is_a_warning(tmp_path, caplog):
      r"cifar10 has 3073 bytes\.\nCopy or download it again, in the binary version"),
     ("cifar10", "data_batch_3.bin", lambda c: b"", "within record 0, 0 bytes after by"),
     ("cifar10", "data_batch_5.bin", lambda c: c[:3073] + b"\x0a" + c[3074:],
-     r"data_batch_5.bin has the label 10 in record 1 \(byte 3073\), and must .* 0 to 9"),
+     r"data_batch_5.bin has the label 10 in record 1 \(byte 3073\), and .* 0 to 9"),
     ("cifar10", "data_batch_2.bin", None, "lacks data_batch_1.bin or another of 5 files"
      ", in itself and in cifar-10-batches-bin.\nUnpack the binary"),
     ("cifar100", "train.bin", lambda c: b"\x14" + c[1:],
@@ -113,7 +113,7 @@ def test_digits_stand_in_and_say_so(caplog):
     for channel in range(3):
         np.testing.assert_array_equal(
             got["image"][:, 2::4, 3::4, channel],
-            np.round(small["image"][..., 0] * 255 / 16))
+            np.round(small["image"][..., 0] * (255 / 16)))
     np.testing.assert_array_equal(got["label"], small["label"])
 
 

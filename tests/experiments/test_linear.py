@@ -10,7 +10,7 @@ from whole_runs import POLICIES, predictions, resumed, run, two_steps
 
 def descended(steps):
     """Returns w and b after gradient descent in float64."""
-    x, w, b = np.arange(1.0, 5), np.float64(np.float32(0.3)), np.float64(np.float32(-.3))
+    x, w, b = np.arange(1.0, 5), float(np.float32(0.3)), float(np.float32(-0.3))
     for _ in range(steps):
         error = w * x + b - 2 * x
         w, b = w - 0.05 * np.mean(2 * error * x), b - 0.05 * np.mean(2 * error)
