@@ -40,7 +40,7 @@ def test_the_first_step_by_hand(strategy_of):
     experiment.trainer.train(1)
     np.testing.assert_allclose(
         trained(experiment), (0.3 + 0.05 * 27, -0.3 + 0.05 * 9.1), rtol=1e-6)
-    report = experiment.train_report()
+    report = {n: float(v) for n, v in experiment.train_report().items()}
     assert report["loss"] == pytest.approx(24.315, rel=1e-6)
     assert report["error"] == pytest.approx(4.55, rel=1e-6)
     assert report["w"] == pytest.approx(0.3) and report["b"] == pytest.approx(-0.3)
