@@ -45,11 +45,11 @@ def test_the_weights_are_those_of_the_paper(depth, convolutions, statistics):
 def test_a_shortcut_has_every_second_pixel_and_zeros():
     model = resnet(8, 10)
     add = [layer for layer in model.layers if type(layer).__name__ == "Add"][1]
-    inside = keras.Model(model.inputs, add.input)
+    inside = keras.Model(model.input, add.input)
     image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     shortcut, _ = inside(image)
     first = [layer for layer in model.layers if type(layer).__name__ == "ReLU"][2]
-    before = keras.Model(model.inputs, first.output)(image).numpy()
+    before = keras.Model(model.input, first.output)(image).numpy()
     assert shortcut.shape == (2, 16, 16, 32)
     np.testing.assert_array_equal(shortcut[..., 8:24], before[:, ::2, ::2])
     assert before.any() and not shortcut[..., :8].numpy().any()
