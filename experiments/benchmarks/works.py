@@ -12,6 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from experiments.datasets import digits as digits_data
+from experiments.models.convnet import convnet
+from experiments.models.resnet import resnet
 
 NUM_BATCHES = 16
 Arrays = dict[str, np.ndarray]
@@ -93,40 +95,8 @@ def _small_variables(count: int) -> Callable[[], keras.Model]:
     return build
 
 
-def _cnn() -> keras.Model:
-    return keras.Sequential([
-        keras.Input((28, 28, 1)),
-        layers.Conv2D(32, 3, activation="relu"),
-        layers.MaxPooling2D(),
-        layers.Conv2D(64, 3, activation="relu"),
-        layers.MaxPooling2D(),
-        layers.Conv2D(64, 3, activation="relu"),
-        layers.Flatten(),
-        layers.Dense(64, activation="relu"),
-        layers.Dense(10, dtype="float32"),
-    ])
-
-
 def _resnet20() -> keras.Model:
-    """ResNet-20 for 32×32 images (He et al. 2016, section 4.2, arXiv:1512.03385)."""
-
-    def convolve(x, filters, strides=1):
-        x = layers.Conv2D(
-            filters, 3, strides, padding="same", use_bias=False)(x)
-        return layers.BatchNormalization()(x)
-
-    inputs = keras.Input((32, 32, 3))
-    x = layers.ReLU()(convolve(inputs, 16))
-    for filters in (16, 32, 64):
-        for block in range(3):
-            strides = 2 if filters > 16 and block == 0 else 1
-            y = layers.ReLU()(convolve(x, filters, strides))
-            y = convolve(y, filters)
-            if strides > 1:
-                x = layers.Conv2D(filters, 1, strides, use_bias=False)(x)
-            x = layers.ReLU()(layers.Add()([x, y]))
-    x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, layers.Dense(10, dtype="float32")(x))
+    return resnet(20, 10, projection=True)
 
 
 def _resnet50() -> keras.Model:
@@ -263,7 +233,7 @@ WORKS = {
     "vars1000": _updates(1000),
     "mlp": Work("MLP 784-1024-1024-10", _dense(784, 1024, 1024),
                 _classes((784,)), 256, loss=crossentropy),
-    "cnn": Work("CNN 32-64-64 on 28×28", _cnn, _classes((28, 28, 1)), 64,
+    "cnn": Work("CNN 32-64-64 on 28×28", convnet, _classes((28, 28, 1)), 64,
                 loss=crossentropy),
     "resnet": Work("ResNet-20 on 32×32", _resnet20, _classes((32, 32, 3)), 64,
                    loss=crossentropy),

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
+from mpl.step.binding import flatten_layers
 
 pytestmark = pytest.mark.slow  # XLA compiles for seconds
 
@@ -26,17 +27,20 @@ SETTINGS = {
     "accumulated": {"policy": "float32", "loss_scale": "dynamic",
                     "accumulate_steps": 2},
 }
+# What compiles for minutes is made smaller.
+SMALL = {"CifarResnet": {"depth": 8}}
 
 
 def prepared(kind, noise=True, **settings):
     own_step = kind.train_step is not mpl.Experiment.train_step
     if own_step and not kind.accumulates:
         settings = {**settings, "accumulate_steps": 1}
+    settings = {**settings, **SMALL.get(kind.__name__, {})}
     config = (kind.Config or mpl.RunConfig)(global_batch_size=16, **settings)
     experiment = kind()
     experiment.setup(config, tf.distribute.OneDeviceStrategy("CPU:0"))
     for model in tf.nest.flatten(experiment.model) if not noise else ():
-        for layer in model._flatten_layers():
+        for layer in flatten_layers(model):
             for rate in ("rate", "stddev", "dropout", "recurrent_dropout"):
                 if hasattr(layer, rate):
                     setattr(layer, rate, 0.0)

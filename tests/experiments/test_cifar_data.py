@@ -1,0 +1,144 @@
+"""CIFAR's binary files, what is wrong with damaged ones, and random crops."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import mpl
+from experiments.datasets import cifar, digits
+from experiments.datasets.crops import crop_and_mirror
+
+FOLDERS = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
+FILES = {"cifar10": [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"],
+         "cifar100": ["train.bin", "test.bin"]}
+
+
+def records(number, count, name="cifar10"):
+    """Returns the bytes of a file: label bytes, then the planes red, green, blue."""
+    random = np.random.default_rng(number)
+    planes = random.integers(0, 256, (count, 3072), np.uint8)
+    label = (np.arange(count) + number) % 10
+    labels = [label] if name == "cifar10" else [label, 10 * label + number]
+    return np.concatenate(
+        [np.array(labels, np.uint8).T, planes], 1)
+
+
+def write(folder, name="cifar10", count=8):
+    """Writes files of so many records each."""
+    (folder / FOLDERS[name]).mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(FILES[name]):
+        path = folder / FOLDERS[name] / file
+        path.write_bytes(records(number, count, name).tobytes())
+    return str(folder)
+
+
+def test_cifar10(tmp_path):
+    folder = write(tmp_path)
+    train, validation, test = (
+        cifar.load(split, folder) for split in ("train", "validation", "test"))
+    assert [len(part["label"]) for part in (train, validation, test)] == [36, 4, 8]
+    every = np.concatenate([records(number, 8) for number in range(5)])
+    for part, rows in ((train, every[:36]), (validation, every[36:]),
+                       (test, records(5, 8))):
+        np.testing.assert_array_equal(part["label"], rows[:, 0])
+        assert part["image"].shape[1:] == (32, 32, 3)
+        assert part["image"].dtype == np.uint8 and part["label"].dtype == np.int32
+        # Channel c at row y, column x is byte 1 + 1024 c + 32 y + x.
+        for c, y, x in ((0, 0, 0), (0, 0, 31), (1, 2, 3), (2, 31, 0), (2, 31, 31)):
+            np.testing.assert_array_equal(
+                part["image"][:, y, x, c], rows[:, 1 + 1024 * c + 32 * y + x])
+
+
+def test_all_training_images(tmp_path):
+    folder = write(tmp_path)
+    assert cifar.load("validation", folder, holds_out=False) is None
+    assert len(cifar.load("train", folder, holds_out=False)["label"]) == 40
+
+
+def test_cifar100_learns_the_fine_label(tmp_path):
+    folder = write(tmp_path, "cifar100", 20)
+    got = cifar.load("test", folder, "cifar100")
+    rows = records(1, 20, "cifar100")
+    np.testing.assert_array_equal(got["label"], rows[:, 1])
+    np.testing.assert_array_equal(got["image"][:, 4, 5, 1], rows[:, 2 + 1024 + 133])
+    assert cifar.SETS["cifar100"].num_classes == 100
+    assert len(cifar.load("validation", folder, "cifar100")["label"]) == 2
+
+
+def test_the_files_may_lie_in_the_folder_itself(tmp_path):
+    folder = write(tmp_path)
+    here = cifar.load("test", f"{folder}/cifar-10-batches-bin")
+    np.testing.assert_array_equal(here["label"], cifar.load("test", folder)["label"])
+
+
+def test_fewer_images_than_there_are_is_a_warning(tmp_path, caplog):
+    cifar.load("test", write(tmp_path))
+    assert "8 images of test, and cifar10 has 10000" in caplog.text
+
+
+@pytest.mark.parametrize("name, file, change, message", [
+    ("cifar10", "data_batch_3.bin", lambda c: c[:-1000],
+     r"data_batch_3.bin ends within record 7, 2073 bytes after byte 21511; a record of "
+     r"cifar10 has 3073 bytes\.\nCopy or download it again, in the binary version"),
+    ("cifar10", "data_batch_3.bin", lambda c: b"", "within record 0, 0 bytes after by"),
+    ("cifar10", "data_batch_5.bin", lambda c: c[:3073] + b"\x0a" + c[3074:],
+     r"data_batch_5.bin has the label 10 in record 1 \(byte 3073\), and .* 0 to 9"),
+    ("cifar10", "data_batch_2.bin", None, "lacks data_batch_1.bin or another of 5 files"
+     ", in itself and in cifar-10-batches-bin.\nUnpack the binary"),
+    ("cifar100", "train.bin", lambda c: b"\x14" + c[1:],
+     r"coarse label 20 in record 0 \(byte 0\), and must have 0 to 19"),
+    ("cifar100", "train.bin", lambda c: c[:1] + b"\x64" + c[2:],
+     r"fine label 100 in record 0 \(byte 1\), and must have 0 to 99"),
+    ("cifar100", "train.bin", lambda c: c + b"1",
+     "within record 8, 1 bytes after byte 24592; a record of cifar100 has 3074 bytes"),
+])
+def test_damaged_files(tmp_path, name, file, change, message):
+    folder = write(tmp_path, name)
+    path = tmp_path / FOLDERS[name] / file
+    content = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(content))
+    with pytest.raises(mpl.ConfigError, match=message):
+        cifar.load("train", folder, name)
+    assert len(cifar.load("test", folder, name)["label"]) == 8
+
+
+def test_digits_stand_in_and_say_so(caplog):
+    caplog.set_level("INFO", "absl")
+    got = cifar.load("test", None)
+    assert "test data: embedded 8×8 digits, enlarged; not CIFAR" in caplog.text
+    small = digits.load("test")
+    assert got["image"].shape == (360, 32, 32, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(
+            got["image"][:, 2::4, 3::4, channel],
+            np.round(small["image"][..., 0] * (255 / 16)))
+    np.testing.assert_array_equal(got["label"], small["label"])
+
+
+@pytest.mark.parametrize("settings", [{"name": "cifar100"}, {"holds_out": False}])
+def test_digits_do_not_stand_in_for_what_they_are_not(settings):
+    with pytest.raises(mpl.ConfigError, match="and `data_dir` is not set.\nSet --data"):
+        cifar.load("train", None, **settings)
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_crops_by_numpy(mirrors):
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    seed = tf.constant([3, 4])
+    got = crop_and_mirror({"image": tf.constant(images), "label": 7}, seed,
+                          mirrors=mirrors)
+    assert got["label"] == 7 and got["image"].dtype == tf.uint8
+    random = tf.random.stateless_uniform([64, 3, 1], seed).numpy()[..., 0]
+    offsets, mirrored = set(), 0
+    for image, result, (row, column, side) in zip(images, got["image"], random):
+        around = np.pad(image, [(4, 4), (4, 4), (0, 0)])
+        row, column = int(row * 9), int(column * 9)
+        part = around[row:row + 32, column:column + 32]
+        if mirrors and side < 0.5:
+            part, mirrored = part[:, ::-1], mirrored + 1
+        np.testing.assert_array_equal(result, part)
+        offsets |= {row, column}
+    assert offsets == set(range(9))
+    assert 20 < mirrored < 44 if mirrors else mirrored == 0
