@@ -1,0 +1,1 @@
+"""Models that several programs train: one module a model."""
