@@ -1,4 +1,4 @@
-"""ResNet-50 v1.5 on ImageNet, with label smoothing and large batches.
+r"""ResNet-50 v1.5 on ImageNet, with label smoothing and large batches.
 
     python -m experiments.imagenet_resnet --data_dir=/data/imagenet \
       --policy=mixed_bfloat16 --global_batch_size=2048 --learning_rate=2.048 \
@@ -22,8 +22,8 @@ tells whether reading and decoding hold training up.
 Data: experiments/datasets/imagenet.py says how to get them. Labels are 0 to 999, one
 less than in the files.
 
-Source: He et al. 2015, https://arxiv.org/abs/1512.03385; the settings: NVIDIA, ResNet-50
-v1.5 for TensorFlow, DGXA100_RN50_AMP_90E.sh (76.93 %; 77.01 % without mixed precision),
+Source: He et al. 2015, https://arxiv.org/abs/1512.03385; NVIDIA, ResNet-50 v1.5 for
+TensorFlow, DGXA100_RN50_AMP_90E.sh (76.93 %; 77.01 % without mixed precision),
 https://github.com/NVIDIA/DeepLearningExamples; MLCommons, reference convergence points,
 training_1.0.0/rcps_resnet.json, resnet_ref_8192, https://github.com/mlcommons/logging
 """

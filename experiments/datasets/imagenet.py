@@ -110,8 +110,8 @@ def load(
     files = sorted(tf.io.gfile.glob(pattern)) if data_dir else []
     if not files:
         raise mpl.ConfigError(
-            f"`data_dir` ({data_dir}) holds no {os.path.basename(pattern)}; ImageNet may"
-            " not be part of this repository.",
+            f"`data_dir` ({data_dir}) holds no {os.path.basename(pattern)}; ImageNet"
+            " may not be part of this repository.",
             "Download ILSVRC2012 from https://image-net.org, make TFRecords of it (see "
             "experiments/datasets/imagenet.py) and set --data_dir; for speed alone "
             "--synthetic.")

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
+from mpl.step.binding import flatten_layers
 
 pytestmark = pytest.mark.slow  # XLA compiles for seconds
 
@@ -26,17 +27,24 @@ SETTINGS = {
     "accumulated": {"policy": "float32", "loss_scale": "dynamic",
                     "accumulate_steps": 2},
 }
+# Without their data, or for less to compile.
+SMALL = {
+    "ImagenetResnet": {"synthetic": True, "depth": "14", "width": 4, "image_size": 32,
+                       "learning_rate": 1e-3},
+    "CharLm": {"depth": 1, "width": 32, "length": 32},
+}
 
 
 def prepared(kind, noise=True, **settings):
     own_step = kind.train_step is not mpl.Experiment.train_step
     if own_step and not kind.accumulates:
         settings = {**settings, "accumulate_steps": 1}
-    config = (kind.Config or mpl.RunConfig)(global_batch_size=16, **settings)
+    config = (kind.Config or mpl.RunConfig)(
+        **{"global_batch_size": 16, **SMALL.get(kind.__name__, {}), **settings})
     experiment = kind()
     experiment.setup(config, tf.distribute.OneDeviceStrategy("CPU:0"))
     for model in tf.nest.flatten(experiment.model) if not noise else ():
-        for layer in model._flatten_layers():
+        for layer in flatten_layers(model):
             for rate in ("rate", "stddev", "dropout", "recurrent_dropout"):
                 if hasattr(layer, rate):
                     setattr(layer, rate, 0.0)
