@@ -15,6 +15,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -82,7 +83,7 @@ def record(encoded: bytes, label: int) -> bytes:
 def measure(config: Config, data_dir: str, secs: float) -> dict[str, float]:
     """Returns images per second: `training` alone, `input` alone, and `both`."""
 
-    def prepared(**settings: object) -> ImagenetResnet:
+    def prepared(**settings: Any) -> ImagenetResnet:
         experiment = ImagenetResnet()
         device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
         own = {name: getattr(config, name) for name in (
