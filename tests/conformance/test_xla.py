@@ -27,7 +27,7 @@ SETTINGS = {
     "accumulated": {"policy": "float32", "loss_scale": "dynamic",
                     "accumulate_steps": 2},
 }
-# Without their data, or for less to compile.
+# What compiles for minutes is made smaller.
 SMALL = {
     "ImagenetResnet": {"synthetic": True, "depth": "14", "width": 4, "image_size": 32,
                        "learning_rate": 1e-3},
@@ -39,8 +39,8 @@ def prepared(kind, noise=True, **settings):
     own_step = kind.train_step is not mpl.Experiment.train_step
     if own_step and not kind.accumulates:
         settings = {**settings, "accumulate_steps": 1}
-    config = (kind.Config or mpl.RunConfig)(
-        **{"global_batch_size": 16, **SMALL.get(kind.__name__, {}), **settings})
+    settings = {**settings, **SMALL.get(kind.__name__, {})}
+    config = (kind.Config or mpl.RunConfig)(global_batch_size=16, **settings)
     experiment = kind()
     experiment.setup(config, tf.distribute.OneDeviceStrategy("CPU:0"))
     for model in tf.nest.flatten(experiment.model) if not noise else ():
