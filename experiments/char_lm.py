@@ -12,7 +12,8 @@ bits per character a trigram model of the training text needs for the others.
 `prompts.txt` has a prompt a line. What was written on comes back as bytes, the same for
 the same weights, prompt and --sample_seed:
 
-    bytes(numpy.load("runs/char_lm/latest/predictions.npz")["text"][0]).decode(errors="replace")
+    written = numpy.load("runs/char_lm/latest/predictions.npz")["text"]
+    bytes(written[0]).decode(errors="replace")
 
 Source: Radford et al. 2019, Language Models are Unsupervised Multitask Learners;
 Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735
