@@ -81,8 +81,8 @@ class CharLm(mpl.Experiment):
             print(f"Text: {context.data_dir or documentation.describe()}", flush=True)
             return text.crops(own, self.config.length)
         bits = trigram.bits_per_character(self.text_of("train", context), own)
-        print(f"{split}: {len(own):,} characters; a trigram model needs {bits:.3f} bits "
-              "per character", flush=True)
+        print(f"{split}: {len(own):,} characters; a trigram model needs {bits:.3f} "
+              "bits per character", flush=True)
         return {"text": text.windows(own, self.config.length)}
 
     def text_of(self, split, context):

@@ -12,13 +12,12 @@ def feature(value):
 
 def record(encoded, label):
     """Returns a record; without a label, if that is None."""
-= {
+    features = {
         "image/encoded": encoded, "image/class/label": label,
         "image/class/synset": b"n01440764", "image/class/text": b"tench",
         "image/height": 60, "image/width": 80, "image/channels": 3,
         "image/colorspace": b"RGB", "image/format": b"JPEG",
         "image/filename": b"n01440764_10026.JPEG"}
-    features |= {name.replace("__", "/"): value for name, value in others.items()}
     return tf.train.Example(features=tf.train.Features(feature={
         name: feature(value) for name, value in features.items() if value is not None
     })).SerializeToString()
@@ -43,8 +42,8 @@ def write(folder, split, files):
 
 
 def write_greys(folder, split="train", files=2, per_file=5):
-    """Writes images of which each has a level of grey, 20 times its label."""
+    """Writes images of which each has a level of grey, 10 times its label."""
     number = iter(range(1, 1 + files * per_file))
     return write(folder, split, [
-        [record(grey(20 * label), label) for label, _ in zip(number, range(per_file))]
+        [record(grey(10 * label), label) for _, label in zip(range(per_file), number)]
         for _ in range(files)])

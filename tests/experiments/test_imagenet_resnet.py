@@ -135,7 +135,7 @@ def test_labels_are_smoothed_in_training_alone(strategy_of):
         evaluation.per_example, -log_softmax(plain)[rows, label], rtol=1e-5)
 
 
-def test_l2_is_the_model's_or_that_of_lars(strategy_of):
+def test_l2_is_of_the_model_or_of_lars(strategy_of):
     settings = dict(synthetic=True, l2=0.25, momentum=0.5, policy="float32")
     sgd = prepared(strategy_of(1), **settings)
     kernel = next(w for w in sgd.model.trainable_variables if w.ndim == 4)
