@@ -90,8 +90,9 @@ def measure(config: Config, data_dir: str, secs: float) -> dict[str, float]:
         own = {name: getattr(config, name) for name in (
             "global_batch_size", "policy", "depth", "width", "image_size",
             "jit_compile")}
-        experiment.setup(Config(train_steps=10**6, **own, **settings),
-                         tf.distribute.OneDeviceStrategy(device))
+        experiment.setup(
+            Config(train_epochs=1, **own, **settings),
+            tf.distribute.OneDeviceStrategy(device))
         return experiment
 
     def rate_of(call: Callable[[], object]) -> float:

@@ -16,7 +16,7 @@ from mpl.record.checkpoint import Checkpoints
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 KINDS = ("gpt", "lstm")
 SMALL = dict(length=16, depth=1, width=16, heads=2, global_batch_size=8, train_steps=4,
-             sample_chars=12)
+             sample_chars=12, train_epochs=None)
 
 
 def prepared(strategy, **settings):
@@ -143,6 +143,7 @@ def test_a_restored_run_continues_bit_for_bit(kind, data_dir, strategy_of, tmp_p
         np.testing.assert_array_equal(slots[0][key], value, err_msg=key)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_in_each_step(data_dir, strategy_of):
     experiment = prepared(strategy_of(1), dropout=0.5, data_dir=data_dir,
                           policy="float32", learning_rate=0.0, train_steps=9)
@@ -218,6 +219,7 @@ def written(experiment, path):
     return experiment.predictor()(batch)["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_depends_on_prompt_and_seed_alone(
     kind, data_dir, strategy_of, tmp_path
