@@ -28,7 +28,12 @@ SETTINGS = {
                     "accumulate_steps": 2},
 }
 # What compiles for minutes is made smaller.
-SMALL = {"CifarResnet": {"depth": 8}}
+SMALL = {
+    "CifarResnet": {"depth": 8},
+    "ImagenetResnet": {"synthetic": True, "depth": "14", "width": 4, "image_size": 32,
+                       "learning_rate": 1e-3},
+    "CharLm": {"depth": 1, "width": 32, "length": 32},
+}
 
 
 def prepared(kind, noise=True, **settings):

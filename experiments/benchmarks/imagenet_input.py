@@ -1,0 +1,173 @@
+r"""Does input hold training up? Images per second of reading, of training, of both.
+
+    python -m experiments.benchmarks.imagenet_input --out=runs/imagenet_input
+    python -m experiments.benchmarks.imagenet_input --out=runs/imagenet_input \
+      --data_dir=/data/imagenet --policy=mixed_bfloat16 --batch_size=1024
+
+Trains `experiments.imagenet_resnet` on random pixels in memory, then on records.
+Without --data_dir the records are written first, in ImageNet's form and of its size:
+JPEGs of some 500×375 pixels and 110 KB. Expected: not run here.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+import mpl
+from experiments.imagenet_resnet import Config, ImagenetResnet
+
+FILES, PER_FILE = 16, 64
+_PICTURES = 64  # different ones
+_SHAPES = ((375, 500), (500, 375), (333, 500), (480, 640))
+_NOISE, _QUALITY = 14, 95
+_HELD_UP = 0.95  # of the speed without input, from which nobody waits
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of this benchmark."""
+    flags.DEFINE_string("out", None, "Folder for results.json, and records.", values)
+    flags.mark_flag_as_required("out", values)
+    flags.DEFINE_string("data_dir", None, "Folder with ImageNet's records.", values)
+    flags.DEFINE_string("policy", "auto", "As of experiments.", values)
+    flags.DEFINE_string("depth", "50", "Layers of the network.", values)
+    flags.DEFINE_integer("width", 64, "Filters of its first layer.", 1, None, values)
+    flags.DEFINE_integer("image_size", 224, "Pixels.", 32, None, values)
+    flags.DEFINE_integer("batch_size", 64, "Images in a step.", 1, None, values)
+    flags.DEFINE_float("secs", 20.0, "Time for each figure.", 0.1, None, values)
+    flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA.", values)
+
+
+def write_records(folder: pathlib.Path, files: int, per_file: int) -> int:
+    """Writes training and validation records in ImageNet's form; returns their bytes.
+
+    The pictures are noise on soft patches of colour, so that they decode as slowly as
+    photographs of their size; their labels mean nothing.
+    """
+    random, pictures = np.random.default_rng(0), []
+    for number in range(min(_PICTURES, files * per_file)):
+        shape = _SHAPES[number % len(_SHAPES)]
+        patches = random.integers(0, 256, (12, 16, 3)).astype(np.float32)
+        picture = tf.image.resize(patches, shape, "bicubic")
+        picture += random.normal(0, _NOISE, (*shape, 3)).astype(np.float32)
+        pixels = tf.cast(tf.clip_by_value(picture, 0, 255), tf.uint8)
+        pictures.append(tf.io.encode_jpeg(pixels, quality=_QUALITY).numpy())
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", files), ("validation", 1)):
+        for file in range(count):
+            path = folder / f"{split}-{file:05}-of-{count:05}"
+            with tf.io.TFRecordWriter(str(path)) as writer:
+                for number in range(per_file):
+                    picture = pictures[(file * per_file + number) % len(pictures)]
+                    writer.write(record(picture, int(random.integers(1, 1001))))
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def record(encoded: bytes, label: int) -> bytes:
+    """Returns a record with the features that are read; the label is 1 to 1000."""
+    features = tf.train.Features(feature={
+        "image/encoded": tf.train.Feature(
+            bytes_list=tf.train.BytesList(value=[encoded])),
+        "image/class/label": tf.train.Feature(
+            int64_list=tf.train.Int64List(value=[label]))})
+    return tf.train.Example(features=features).SerializeToString()
+
+
+def measure(config: Config, data_dir: str, secs: float) -> dict[str, float]:
+    """Returns images per second: `training` alone, `input` alone, and `both`."""
+
+    def prepared(**settings: Any) -> ImagenetResnet:
+        experiment = ImagenetResnet()
+        device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+        own = {name: getattr(config, name) for name in (
+            "global_batch_size", "policy", "depth", "width", "image_size",
+            "jit_compile")}
+        experiment.setup(
+            Config(train_epochs=1, **own, **settings),
+            tf.distribute.OneDeviceStrategy(device))
+        return experiment
+
+    def rate_of(call: Callable[[], object]) -> float:
+        return rate(call, config.global_batch_size, secs)
+
+    def train(experiment: ImagenetResnet) -> Callable[[], object]:
+        def step() -> None:
+            experiment.trainer.train(1)
+            experiment.global_step.numpy()
+
+        return step
+
+    with_records = prepared(data_dir=data_dir)
+    rates = {"training": rate_of(train(prepared(synthetic=True)))}
+    rates["input"] = rate_of(
+        functools.partial(next, iter(with_records.pipelines["train"].dataset())))
+    rates["both"] = rate_of(train(with_records))
+    return rates
+
+
+def rate(
+    call: Callable[[], object], images: int, secs: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Returns images per second over calls of so many each, after two calls."""
+    for _ in range(2):
+        call()
+    calls, began = 0, clock()
+    while (passed := clock() - began) < secs or calls < 3:
+        call()
+        calls += 1
+    return images * calls / passed
+
+
+def verdict(rates: dict[str, float], cores: int) -> str:
+    """Says whether training waits for input, and what would keep it from waiting."""
+    share = rates["both"] / rates["training"]
+    per_core = rates["input"] / cores
+    line = (f"input alone: {rates['input']:.0f} images/s, {per_core:.0f} on each of "
+            f"{cores} cores")
+    if share >= _HELD_UP:
+        return f"Input does not hold training up ({line})."
+    return (f"Training waits for input {100 * (1 - share):.0f} % of the time ({line}); "
+            f"it takes some {-(-rates['training'] // per_core):.0f} cores to feed it.")
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Measures, prints a table, and writes results.json."""
+    if argv[1:]:
+        sys.exit(f"Unknown: {' '.join(argv[1:])}; all settings are flags, see --help.")
+    out = pathlib.Path(values.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data_dir = values.data_dir
+    if data_dir is None:
+        data_dir = str(out / "records")
+        size = write_records(out / "records", FILES, PER_FILE)
+        print(f"synthetic: {(FILES + 1) * PER_FILE} records in ImageNet's form, "
+              f"{size / (FILES + 1) / PER_FILE / 1e3:.0f} KB each, in {data_dir}")
+    try:
+        config = Config(
+            global_batch_size=values.batch_size, policy=values.policy,
+            depth=values.depth, width=values.width, image_size=values.image_size,
+            jit_compile=values.jit_compile)
+        rates = measure(config, data_dir, values.secs)
+    except mpl.ConfigError as error:
+        sys.exit(str(error))
+    cores = os.cpu_count() or 1
+    print("| | images per second |", "|---|---|", sep="\n")
+    print(*(f"| {name} | {value:.1f} |" for name, value in rates.items()), sep="\n")
+    print(verdict(rates, cores))
+    (out / "results.json").write_text(json.dumps(
+        {"images_per_sec": rates, "cores": cores, "batch_size": values.batch_size,
+         "policy": values.policy, "depth": values.depth}, indent=2))
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
