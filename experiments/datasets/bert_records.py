@@ -17,20 +17,22 @@ _OF_WORDS = ("masked_lm_positions", "masked_lm_ids", "masked_lm_weights")
 _PAIR = "next_sentence_labels"
 
 
-def source(
-    files: Sequence[str], *, length: int, masked: int, max_bad_records: int = 0
-) -> mpl.FileSource:
-    """Returns the examples in files, by the names of the first layout.
+def load(
+    files: Sequence[str], *, length: int, masked: int, has_pairs: bool | None = None,
+    max_bad_records: int = 0,
+) -> tuple[mpl.FileSource, bool]:
+    """Returns the examples in files, by the first layout's names, and `has_pairs`.
 
     `input_ids`, `input_mask` and `segment_ids`, int32 `[length]`; `masked_lm_positions`
     and `masked_lm_ids`, int32 `[masked]`, with `masked_lm_weights`, float32: 0 for what
-    only fills up; and, where the first file has it, `next_sentence_labels`, int32 `[]`:
-    1 for a second text that does not follow the first.
+    only fills up. With `has_pairs` also `next_sentence_labels`, int32 `[]`: 1 for a
+    second text that does not follow the first.
 
     Args:
         files: paths.
         length: pieces in a sequence.
         masked: masked words in a sequence.
+        has_pairs: whether to read `next_sentence_labels`; None: where there are any.
         max_bad_records: as in `mpl.FileSource`.
 
     Raises:
@@ -39,7 +41,9 @@ def source(
     features = _first(files[0])
     names = {_RENAMED.get(name, name): name for name in features}
     wanted = {**dict.fromkeys(_OF_LENGTH, length), **dict.fromkeys(_OF_WORDS, masked)}
-    wanted |= {_PAIR: 1} if _PAIR in names else {}
+    if has_pairs is None:
+        has_pairs = _PAIR in names
+    wanted |= {_PAIR: 1} if has_pairs else {}
     for name, size in wanted.items():
         if name not in names:
             raise mpl.ConfigError(
@@ -48,7 +52,7 @@ def source(
                 "Give TFRecords of create_pretraining_data.py.")
         values = features[names[name]]
         found = len(values.int64_list.value) or len(values.float_list.value)
-        if found != size:
+        if found != size and name != _PAIR:
             flag = "--length" if name in _OF_LENGTH else "--masked"
             raise mpl.ConfigError(
                 f"File {files[0]}, record 0 has {found} values of `{name}`, and "
@@ -69,8 +73,20 @@ def source(
         records = tf.data.TFRecordDataset(path)
         return records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
-    return mpl.FileSource(
+    source = mpl.FileSource(
         files, read, shuffle_buffer=10_000, max_bad_records=max_bad_records)
+    return source, has_pairs
+
+
+def ranges(
+    vocabulary: int, length: int, has_pairs: bool
+) -> dict[str, tuple[float, float]]:
+    """Returns what values examples may have, for `Experiment.ranges`."""
+    flag, piece = (0, 1), (0, vocabulary - 1)
+    allowed: dict[str, tuple[float, float]] = {
+        "input_ids": piece, "masked_lm_ids": piece, "input_mask": flag,
+        "segment_ids": flag, "masked_lm_positions": (0, length - 1)}
+    return allowed | ({_PAIR: flag} if has_pairs else {})
 
 
 def _first(path: str) -> dict[str, tf.train.Feature]:

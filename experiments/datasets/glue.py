@@ -2,7 +2,8 @@
 
 `<folder>/train.tsv` and `dev.tsv`, the folder being the task's own or the one that has
 it as SST-2, CoLA or MRPC in it. Quotes are literal. Labels are 0 or 1; `test.tsv` has
-none.
+none. A task of the same form that needs no files, `python`, is made of the running
+Python's documentation: is a paragraph Python?
 
 Source: Wang et al. 2018, https://arxiv.org/abs/1804.07461, https://gluebenchmark.com
 """
@@ -15,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
-from experiments.datasets import wordpiece
+from experiments.datasets import documentation, wordpiece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Task:
 
 _PAIR = ("#1 String", "#2 String")
 TASKS = {
+    "python": Task("", ("sentence", "label"), ("sentence",)),
     "sst2": Task("SST-2", ("sentence", "label"), ("sentence",)),
     "cola": Task("CoLA", ("source", "label", "mark", "sentence"), ("sentence",),
                  has_header=False),
@@ -56,12 +58,12 @@ _FILES = {"train": "train.tsv", "validation": "dev.tsv"}
 
 
 def load(
-    folder: str, name: str, split: str
+    folder: str | None, name: str, split: str
 ) -> tuple[list[tuple[str, ...]], np.ndarray] | None:
     """Reads a split of a task.
 
     Args:
-        folder: of the task's files, or of all tasks.
+        folder: of the task's files, or of all tasks; None for `python`.
         name: of the task, one of `TASKS`.
         split: "train" or "validation"; None is returned of others, as test.tsv has no
             labels.
@@ -72,6 +74,14 @@ def load(
     Raises:
         ConfigError: a file is missing, or not as the task's are.
     """
+    if (folder is None) != (name == "python"):
+        raise mpl.ConfigError(
+            f"`glue_task` ({name}) and `data_dir` ({folder}) do not go together: "
+            "python reads no files, the others do.",
+            "Name the folder of the files, or the task that they are of.")
+    if folder is None:
+        passages, labels = documentation.passages(split)
+        return [(passage,) for passage in passages], labels
     if split not in _FILES:
         return None
     inner = os.path.join(folder, TASKS[name].folder)
@@ -81,12 +91,12 @@ def load(
             f"There is no file {path}.",
             f"--data_dir must hold train.tsv and dev.tsv of {TASKS[name].folder}, from "
             "https://gluebenchmark.com/tasks, or that folder.")
-    texts, labels = read(path, name)
-    if labels is None:
+    texts, found = read(path, name)
+    if found is None:
         raise mpl.ConfigError(
             f"File {path} has the columns of a test.tsv, without labels.",
             f"Give the {_FILES[split]} of {TASKS[name].folder}.")
-    return texts, labels
+    return texts, found
 
 
 def read(path: str, name: str) -> tuple[list[tuple[str, ...]], np.ndarray | None]:
@@ -122,6 +132,27 @@ def read(path: str, name: str) -> tuple[list[tuple[str, ...]], np.ndarray | None
                              "must have 0 or 1")
             labels.append(int(cell[task.label]))
     return texts, np.array(labels, np.int32) if labels else None
+
+
+def read_texts(path: str, name: str) -> list[tuple[str, ...]]:
+    """Reads texts to be judged: a .tsv file of the task, or lines of text.
+
+    A line holds one text, or the two of a pair with a tab between them.
+
+    Raises:
+        ConfigError: a line is not so.
+    """
+    if path.endswith(".tsv"):
+        return read(path, name)[0]
+    texts, count = list[tuple[str, ...]](), len(TASKS[name].texts)
+    for number, line in enumerate(wordpiece.read_text(path).split("\n"), 1):
+        if line.strip():
+            texts.append(tuple(line.split("\t")))
+            if len(texts[-1]) != count:
+                raise mpl.ConfigError(
+                    f"File {path}, line {number} has {len(texts[-1])} texts, and "
+                    f"{name} takes {count}.", "Put tabs between texts, and only there.")
+    return texts
 
 
 def _fault(path: str, number: int, what: str) -> mpl.ConfigError:

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
+from experiments.datasets import wordpiece
 from experiments.datasets.wordpiece import WordPieces
 
 Batch = dict[str, tf.Tensor]
@@ -89,3 +90,46 @@ def masking(vocabulary: WordPieces, masked: int) -> Callable[[Batch, tf.Tensor],
         }
 
     return transform
+
+
+def questions(
+    path: str, vocabulary: WordPieces, *, length: int, masked: int
+) -> dict[str, np.ndarray]:
+    """Reads lines of text with [MASK] in place of the words to name.
+
+    Args:
+        path: of a file of text.
+        vocabulary: what cuts it.
+        length: pieces in a sequence.
+        masked: masked words in a line, at most.
+
+    Returns:
+        `input_ids`, `input_mask`, `segment_ids` and `masked_lm_positions`; these are 0
+        beyond a line's masks.
+
+    Raises:
+        ConfigError: a line has no mask, too many, or too many pieces.
+    """
+    rows, places = list[list[int]](), list[list[int]]()
+    for number, line in enumerate(wordpiece.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        ids, positions = [vocabulary.first], list[int]()
+        for part in line.split(wordpiece.MASK):
+            ids += [*vocabulary.ids(part), vocabulary.mask]
+            positions.append(len(ids) - 1)
+        ids[positions.pop()] = vocabulary.last
+        if not 1 <= len(positions) <= masked or len(ids) > length:
+            raise mpl.ConfigError(
+                f"File {path}, line {number} has {len(positions)} [MASK] in {len(ids)} "
+                f"pieces, and must have 1 ... {masked} in at most {length}.",
+                "Cut the line, or mask some of its words.")
+        rows.append(ids + [vocabulary.pad] * (length - len(ids)))
+        places.append(positions + [0] * (masked - len(positions)))
+    ids_of = np.array(rows, np.int32).reshape(-1, length)
+    return {
+        "input_ids": ids_of,
+        "input_mask": (ids_of != vocabulary.pad).astype(np.int32),
+        "segment_ids": np.zeros_like(ids_of),
+        "masked_lm_positions": np.array(places, np.int32).reshape(-1, masked),
+    }

@@ -42,7 +42,7 @@ class Block(layers.Layer):
         self.to_qkv, self.to_out = _dense(3 * hidden), _dense(hidden)
         self.up, self.down = _dense(4 * hidden, activation="gelu"), _dense(hidden)
         self.norm_1, self.norm_2 = _norm(), _norm()
-        self.dropout = layers.Dropout(dropout)
+        self.drop = layers.Dropout(dropout)
 
     def build(self, shape: Sequence[int | None] = ()) -> None:
         inputs = (None, None, self.hidden)
@@ -52,9 +52,9 @@ class Block(layers.Layer):
 
     def call(self, x, real, training=None):
         added = self.to_out(self._attend(self.to_qkv(x), real, training))
-        x = self.norm_1(x + self.dropout(added, training=training))
+        x = self.norm_1(x + self.drop(added, training=training))
         added = self.down(self.up(x))
-        return self.norm_2(x + self.dropout(added, training=training))
+        return self.norm_2(x + self.drop(added, training=training))
 
     def _attend(self, qkv, real, training):
         length, size = qkv.shape[1], self.hidden // self.heads
@@ -64,7 +64,7 @@ class Block(layers.Layer):
         scores = tf.where(
             real[:, tf.newaxis, tf.newaxis, :] > 0, tf.cast(scores, tf.float32), -1e9)
         chances = tf.cast(tf.nn.softmax(scores), value.dtype)
-        mixed = tf.matmul(self.dropout(chances, training=training), value)
+        mixed = tf.matmul(self.drop(chances, training=training), value)
         return tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [-1, length, self.hidden])
 
 
@@ -85,10 +85,10 @@ class Encoder(layers.Layer):
         super().__init__(**kwargs)
         self.hidden = hidden
         self.words, self.places, self.segments = (
-            layers.Embedding(count, hidden, embeddings_initializer=_initial(), name=name)
-            for name, count in (
+            layers.Embedding(rows, hidden, embeddings_initializer=_initial(), name=name)
+            for name, rows in (
                 ("words", vocabulary), ("places", positions), ("segments", 2)))
-        self.norm, self.dropout = _norm(), layers.Dropout(dropout)
+        self.norm, self.drop = _norm(), layers.Dropout(dropout)
         self.blocks = [Block(hidden, heads, dropout, name=f"block_{number}")
                        for number in range(depth)]
         for block in self.blocks:  # checkpoints hold attributes, and not lists
@@ -102,7 +102,7 @@ class Encoder(layers.Layer):
     def call(self, ids, real, segments, training=None):
         places = self.places(tf.range(ids.shape[1]))
         x = self.norm(self.words(ids) + places + self.segments(segments))
-        x = self.dropout(x, training=training)
+        x = self.drop(x, training=training)
         for block in self.blocks:
             x = block(x, real, training=training)
         return x
@@ -126,8 +126,10 @@ class MaskedWords(layers.Layer):
         # As a product: of fixed shapes also in the backward pass, and fast on a TPU.
         at = tf.one_hot(positions, x.shape[1], dtype=x.dtype)
         x = self.norm(self.transform(tf.matmul(at, x)))
-        logits = tf.matmul(x, table[tf.newaxis], transpose_b=True)
-        return tf.cast(logits, tf.float32) + tf.cast(self.bias, tf.float32)
+        x = tf.reshape(x, [-1, self.hidden])
+        logits = tf.cast(tf.matmul(x, table, transpose_b=True), tf.float32)
+        logits += tf.cast(self.bias, tf.float32)
+        return tf.reshape(logits, [-1, positions.shape[1], self.vocabulary])
 
 
 class Bert(layers.Layer):
@@ -141,13 +143,11 @@ class Bert(layers.Layer):
         **sizes: arguments of `Encoder`.
     """
 
-    def __init__(
-        self, *, masked_words: bool, classes: Mapping[str, int], **sizes
-    ):
+    def __init__(self, *, masked_words: bool, classes: Mapping[str, int], **sizes):
         super().__init__(name="bert")
         hidden, dropout = sizes["hidden"], sizes["dropout"]
         self.encoder = Encoder(name="encoder", **sizes)
-        self.masked_words = None
+        self.masked_words: MaskedWords | None = None
         if masked_words:
             self.masked_words = MaskedWords(
                 sizes["vocabulary"], hidden, name="masked_words")
@@ -155,7 +155,7 @@ class Bert(layers.Layer):
                        for name, count in classes.items()]
         if self.judges:
             self.pooler = _dense(hidden, activation="tanh", name="pooler")
-            self.dropout = layers.Dropout(dropout)
+            self.drop = layers.Dropout(dropout)
         for judge in self.judges:
             setattr(self, judge.name, judge)
 
@@ -176,11 +176,12 @@ class Bert(layers.Layer):
             positions: places of masked words, int `[batch, places]`, for that head.
             training: whether dropout acts.
         """
-        x, logits = self.encoder(ids, real, segments, training=training), {}
+        x = self.encoder(ids, real, segments, training=training)
+        logits = dict[str, tf.Tensor]()
         if self.masked_words is not None:
             table = keras.ops.convert_to_tensor(self.encoder.words.embeddings)
             logits["words"] = self.masked_words(x, positions, tf.cast(table, x.dtype))
         if self.judges:
-            pooled = self.dropout(self.pooler(x[:, 0]), training=training)
+            pooled = self.drop(self.pooler(x[:, 0]), training=training)
             logits |= {judge.name: judge(pooled) for judge in self.judges}
         return logits
