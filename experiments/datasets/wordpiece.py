@@ -209,7 +209,7 @@ def read_text(path: str) -> str:
     with tf.io.gfile.GFile(path, "rb") as file:
         content = file.read()
     try:
-        return content.decode("utf-8-sig")
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise mpl.ConfigError(
             f"File {path} is no UTF-8 text: byte {content[error.start]:#04x} at offset "

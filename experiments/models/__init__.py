@@ -1,1 +1,1 @@
-"""Models that experiments share: one module each."""
+"""Models that several programs train: one module a model."""
