@@ -80,8 +80,8 @@ class Config(mpl.RunConfig):
              f"`heads` ({self.heads}).", "Give each head 64, as BERT does."),
             (self.length > longest, f"`positions` ({longest}) must be at least "
              f"`length` ({self.length}).", "Use --positions=512, as BERT does."),
-            (self.masked > self.length, f"`masked` ({self.masked}) must be at most "
-             f"`length` ({self.length}).", "Use 15 % of --length, or a little more."),
+            (self.task == "mlm" and self.masked > self.length, f"`masked` ({self.masked}) must "
+             f"be at most `length` ({self.length}).", "Use 15 % of --length, or a little more."),
         ):
             if broken:
                 raise mpl.ConfigError(cause, remedy)
@@ -163,8 +163,8 @@ class Bert(mpl.Experiment):
     def loss(self, batch, training):
         logits = self.logits(batch, training)
         if self.config.task == "glue":
-            outputs = batch["label"], logits["label"]
-            return mpl.LossOutput(_crossentropy(*outputs), batch["weight"], outputs)
+            pair = batch["label"], logits["label"]
+            return mpl.LossOutput(_crossentropy(*pair), batch["weight"], pair)
         words, counts = batch["masked_lm_ids"], batch["masked_lm_weights"]
         losses = _mean(_crossentropy(words, logits["words"]), counts)
         outputs = {"accuracy": [_mean(_is_right(words, logits["words"]), counts)]}
