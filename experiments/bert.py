@@ -21,8 +21,8 @@ text, train*.txt and validation*.txt, whose masks are drawn anew in each epoch. 
         --vocab=<vocab.txt> --init_from=<run> --train_epochs=3 --learning_rate=2e-5
 
 Sources: Devlin et al. 2018, https://arxiv.org/abs/1810.04805. --optimizer=lamb is made
-for large batches: You et al. 2019, https://arxiv.org/abs/1904.00962; Keras's has weights
-decay outside of the trust ratio.
+for large batches, You et al. 2019, https://arxiv.org/abs/1904.00962; weights decay
+outside of the trust ratio in Keras's.
 """
 
 import dataclasses
@@ -80,8 +80,9 @@ class Config(mpl.RunConfig):
              f"`heads` ({self.heads}).", "Give each head 64, as BERT does."),
             (self.length > longest, f"`positions` ({longest}) must be at least "
              f"`length` ({self.length}).", "Use --positions=512, as BERT does."),
-            (self.task == "mlm" and self.masked > self.length, f"`masked` ({self.masked}) must "
-             f"be at most `length` ({self.length}).", "Use 15 % of --length, or a little more."),
+            (self.task == "mlm" and self.masked > self.length,
+             f"`masked` ({self.masked}) must be at most `length` ({self.length}).",
+             "Use 15 % of --length, or a little more."),
         ):
             if broken:
                 raise mpl.ConfigError(cause, remedy)

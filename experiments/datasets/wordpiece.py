@@ -22,7 +22,7 @@ from experiments.datasets import documentation
 
 PAD, UNKNOWN, FIRST, LAST, MASK = SPECIAL = (
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-SIZE = 4096  # of a vocabulary that is made here
+SIZE = 2048  # of a vocabulary that is made here
 _LONGEST = 200  # characters; a longer word is unknown
 _CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
             (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF),

@@ -74,10 +74,12 @@ def write_records(path, arrays, names=V1):
             features = {}
             for name, array in arrays.items():
                 values = array[number].tolist()
-                feature = tf.train.Feature(int64_list=tf.train.Int64List(value=values))
                 if array.dtype.kind == "f":
                     feature = tf.train.Feature(
                         float_list=tf.train.FloatList(value=values))
+                else:
+                    feature = tf.train.Feature(
+                        int64_list=tf.train.Int64List(value=values))
                 features[names.get(name, name)] = feature
             example = tf.train.Example(features=tf.train.Features(feature=features))
             writer.write(example.SerializeToString())

@@ -385,7 +385,7 @@ def test_the_default_data_are_named(strategy_of, capsys):
     experiment = prepared(strategy_of(1), length=64, masked=10)
     out = capsys.readouterr().out
     assert out.count("Data: ") == 1
-    assert f"Data: {documentation.describe()}; 4096 word pieces\n" in out
+    assert f"Data: {documentation.describe()}; 2048 word pieces\n" in out
     assert set(experiment.num_examples) == {"train", "validation", "test"}
     experiment = prepared(strategy_of(1), task="glue")
     assert f"Data: {documentation.describe()}" in capsys.readouterr().out
