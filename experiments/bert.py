@@ -5,8 +5,8 @@ r"""BERT: masked words first, then the tasks of GLUE.
     python -m experiments.bert --mode=predict --workdir=runs/words --input=lines.txt
 
 A small one learns masked words of the running Python's documentation, then which of its
-paragraphs are Python. The third command names the word at each [MASK] of a text file:
-`token` counts lines, from 0, of the vocabulary, which
+paragraphs are Python; neither was run to its end here yet. The third command names the
+word at each [MASK] of a text file: `token` counts lines, from 0, of the vocabulary, which
 `python -m experiments.datasets.wordpiece vocab.txt` writes.
 
 BERT-base, of train*.tfrecord*, validation*.tfrecord* and vocab.txt in a folder; or of
