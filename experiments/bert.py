@@ -6,7 +6,7 @@ r"""BERT: masked words first, then the tasks of GLUE.
 
 A small one learns masked words of the running Python's documentation, then which of its
 paragraphs are Python; neither was run to its end here yet. The third command names the
-word at each [MASK] of a text file: `token` counts lines, from 0, of the vocabulary, which
+word at each [MASK] of a text file: `token` counts lines of the vocabulary from 0, which
 `python -m experiments.datasets.wordpiece vocab.txt` writes.
 
 BERT-base, of train*.tfrecord*, validation*.tfrecord* and vocab.txt in a folder; or of
