@@ -1,0 +1,229 @@
+r"""BERT: masked words first, then the tasks of GLUE.
+
+    python -m experiments.bert --workdir=runs/words
+    python -m experiments.bert --task=glue --init_from=runs/words
+    python -m experiments.bert --mode=predict --workdir=runs/words --input=lines.txt
+
+A small one learns masked words of the running Python's documentation, then which of its
+paragraphs are Python; neither was run to its end here yet. The third command names the
+word at each [MASK] of a text file: `token` counts lines of the vocabulary from 0, which
+`python -m experiments.datasets.wordpiece vocab.txt` writes.
+
+BERT-base, of train*.tfrecord*, validation*.tfrecord* and vocab.txt in a folder; or of
+text, train*.txt and validation*.txt, whose masks are drawn anew in each epoch. Not run:
+
+    python -m experiments.bert --data_dir=<folder> --workdir=<run> \
+        --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 --masked=20 \
+        --global_batch_size=256 --train_steps=1000000 --learning_rate=1e-4 \
+        --warmup_steps=10000
+    python -m experiments.bert --task=glue --glue_task=sst2 --data_dir=<GLUE> \
+        --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 \
+        --vocab=<vocab.txt> --init_from=<run> --train_epochs=3 --learning_rate=2e-5
+
+Sources: Devlin et al. 2018, https://arxiv.org/abs/1810.04805. --optimizer=lamb is made
+for large batches, You et al. 2019, https://arxiv.org/abs/1904.00962; weights decay
+outside of the trust ratio in Keras's.
+"""
+
+import dataclasses
+import functools
+import os
+
+import keras
+import tensorflow as tf
+
+import mpl
+from experiments.datasets import bert_records, documentation, glue, masked_text
+from experiments.datasets import wordpiece
+from experiments.models import bert as bert_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(mpl.RunConfig):
+    """Flags of this experiment, and its own defaults."""
+
+    global_batch_size = 32
+    train_epochs = 20
+    optimizer = "adamw"
+    learning_rate = 1e-3
+    lr_schedule = "linear"
+    warmup_steps = 100
+    weight_decay = 0.01
+    clip_norm = 1.0
+    task: str = mpl.option(
+        "mlm", "mlm: pre-training on masked words, and on next sentences where records "
+        "have them; glue: a task of GLUE.", choices=("mlm", "glue"))
+    glue_task: str = mpl.option(
+        "python", "For --task=glue; python: is a paragraph of Python's documentation "
+        "Python? The others read --data_dir.", choices=tuple(glue.TASKS))
+    vocab: str | None = mpl.option(
+        None, "File of word pieces, one a line. none: vocab.txt in --data_dir; without "
+        "that, one made of Python's documentation.")
+    lower_case: bool = mpl.option(
+        True, "Read text without capitals and accents, as uncased vocabularies do.")
+    length: int = mpl.option(64, "Word pieces in a sequence.", minimum=4)
+    positions: int | None = mpl.option(
+        None, "Longest sequence that the weights are for. none: --length.", minimum=4)
+    masked: int = mpl.option(
+        10, "Masked words in a sequence, at most; in records, exactly.", minimum=1)
+    layers: int = mpl.option(2, "Blocks of the encoder.", minimum=1)
+    hidden: int = mpl.option(128, "Width of the encoder.", minimum=1)
+    heads: int = mpl.option(2, "Heads of the attention.", minimum=1)
+    dropout: float = mpl.option(
+        0.1, "Share of activations left out in training.", minimum=0, below=1)
+
+    def validate(self):
+        super().validate()
+        longest = self.positions or self.length
+        for broken, cause, remedy in (
+            (self.hidden % self.heads, f"`hidden` ({self.hidden}) must be divisible by "
+             f"`heads` ({self.heads}).", "Give each head 64, as BERT does."),
+            (self.length > longest, f"`positions` ({longest}) must be at least "
+             f"`length` ({self.length}).", "Use --positions=512, as BERT does."),
+            (self.task == "mlm" and self.masked > self.length,
+             f"`masked` ({self.masked}) must be at most `length` ({self.length}).",
+             "Use 15 % of --length, or a little more."),
+        ):
+            if broken:
+                raise mpl.ConfigError(cause, remedy)
+
+
+class Bert(mpl.Experiment):
+    """An encoder of text that looks in both directions."""
+
+    Config = Config
+    has_pairs: bool | None = None  # whether training asks which sentence is the next
+
+    # Data
+
+    @functools.cached_property
+    def vocabulary(self):
+        path, lower_case = self.config.vocab, self.config.lower_case
+        if path is None and self.config.data_dir is not None:
+            path = os.path.join(self.config.data_dir, "vocab.txt")
+        if path is not None:
+            return wordpiece.read(path, lower_case)
+        pieces = wordpiece.make(documentation.load("train"), lower_case=lower_case)
+        return wordpiece.WordPieces(pieces, lower_case)
+
+    def build_data(self, split, context):
+        folder, config = context.data_dir, self.config
+        if split == "train":
+            print(f"Data: {folder or documentation.describe()}; "
+                  f"{len(self.vocabulary)} word pieces")
+        if config.task == "glue":
+            if (examples := glue.load(folder, config.glue_task, split)) is None:
+                return None
+            texts, labels = examples
+            return {**self.vocabulary.encoded(texts, config.length), "label": labels}
+        sizes = {"length": config.length, "masked": config.masked}
+        if folder is None:
+            return masked_text.load(documentation.load(split), self.vocabulary, **sizes)
+        if files := _files(folder, split, "tfrecord"):
+            source, self.has_pairs = bert_records.load(
+                files, has_pairs=self.has_pairs, **sizes,
+                max_bad_records=context.max_bad_records)
+            self.ranges = bert_records.ranges(
+                len(self.vocabulary), config.length, self.has_pairs)
+            return source
+        if files := _files(folder, split, "txt"):
+            texts = map(wordpiece.read_text, files)
+            return masked_text.load(texts, self.vocabulary, **sizes)
+        if split == "train":
+            raise mpl.ConfigError(
+                f"`data_dir` ({folder}) has neither train*.tfrecord* nor train*.txt.",
+                "Name the files so; validation and test files likewise.")
+        return None
+
+    # Model, loss, metrics
+
+    def build_model(self):
+        config = self.config
+        judges = {"next_sentence": 2} if self.has_pairs else {}
+        model = bert_model.Bert(
+            masked_words=config.task == "mlm",
+            classes={"label": 2} if config.task == "glue" else judges,
+            vocabulary=len(self.vocabulary), depth=config.layers,
+            positions=config.positions or config.length, hidden=config.hidden,
+            heads=config.heads, dropout=config.dropout)
+        model.build()
+        return model
+
+    def build_weights(self, model):
+        # The table of words is read as a whole by the head of masked words.
+        return mpl.MasterWeights(
+            model, self.policy, sparse=None, no_decay=["(bias|gamma|beta)$"],
+            bucket_mb=self.config.bucket_mb)
+
+    def logits(self, batch, training):
+        places = {} if self.config.task == "glue" else {
+            "positions": batch["masked_lm_positions"]}
+        return self.model(batch["input_ids"], batch["input_mask"], batch["segment_ids"],
+                          training=training, **places)
+
+    def loss(self, batch, training):
+        logits = self.logits(batch, training)
+        if self.config.task == "glue":
+            pair = batch["label"], logits["label"]
+            return mpl.LossOutput(_crossentropy(*pair), batch["weight"], pair)
+        words, counts = batch["masked_lm_ids"], batch["masked_lm_weights"]
+        losses = _mean(_crossentropy(words, logits["words"]), counts)
+        outputs = {"accuracy": [_mean(_is_right(words, logits["words"]), counts)]}
+        if self.has_pairs:
+            pair = batch["next_sentence_labels"], logits["next_sentence"]
+            losses += _crossentropy(*pair)
+            outputs["next_sentence"] = [_is_right(*pair)]
+        # So that each masked word of a batch counts alike, not each sequence.
+        weights = batch["weight"] * tf.reduce_mean(counts, 1)
+        return mpl.LossOutput(losses, weights, outputs)
+
+    def metrics(self):
+        if self.config.task == "glue":
+            return glue.metrics(self.config.glue_task)
+        names = ("accuracy", "next_sentence") if self.has_pairs else ("accuracy",)
+        return {name: keras.metrics.Mean() for name in names}
+
+    # Predictions
+
+    def predict(self, batch):
+        logits = self.logits(batch, training=False)
+        if self.config.task == "glue":
+            return tf.nn.softmax(logits["label"])
+        places = batch["masked_lm_positions"]
+        is_masked = tf.gather(
+            batch["input_ids"], places, batch_dims=1) == self.vocabulary.mask
+        words = tf.nn.softmax(logits["words"])
+        return {"token": tf.where(is_masked, tf.argmax(words, -1, tf.int32), -1),
+                "probability": tf.where(is_masked, tf.reduce_max(words, -1), 0.0)}
+
+    def read_input(self, path):
+        if path.endswith(".npz"):
+            return None
+        config = self.config
+        if config.task == "glue":
+            texts = glue.read_texts(path, config.glue_task)
+            return [self.vocabulary.encoded(texts, config.length)]
+        return [masked_text.questions(
+            path, self.vocabulary, length=config.length, masked=config.masked)]
+
+
+def _files(folder, split, ending):
+    return sorted(tf.io.gfile.glob(os.path.join(folder, f"{split}*.{ending}*")))
+
+
+def _crossentropy(labels, logits):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+
+
+def _is_right(labels, logits):
+    return tf.cast(tf.argmax(logits, -1, tf.int32) == labels, tf.float32)
+
+
+def _mean(values, weights):
+    """The weighted mean of each row."""
+    total = tf.reduce_sum(values * weights, 1)
+    return tf.math.divide_no_nan(total, tf.reduce_sum(weights, 1))
+
+
+if __name__ == "__main__":
+    mpl.run(Bert)
