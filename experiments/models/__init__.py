@@ -1,0 +1,1 @@
+"""Models of the experiments: one module for each kind."""
