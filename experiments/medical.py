@@ -88,8 +88,8 @@ class Medical(mpl.Experiment):
         if split == "train":
             self.inspect(examples, label)
             shape = "×".join(map(str, next(iter(examples.values())).shape[1:]))
-            print(f"Data: {where}: {len(label):,} examples of {shape}, task {self.task}, "
-                  f"{self.num_logits} logits", flush=True)
+            print(f"Data: {where}: {len(label):,} examples of {shape}, task "
+                  f"{self.task}, {self.num_logits} logits", flush=True)
         return {**examples, "label": label}
 
     def inspect(self, examples, label):

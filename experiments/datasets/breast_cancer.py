@@ -63,7 +63,8 @@ def read_features(path: str) -> dict[str, np.ndarray]:
             row = []
         if len(row) != NUM_FEATURES or not all(map(math.isfinite, row)):
             raise mpl.ConfigError(
-                f"{path}: line {number} must hold {NUM_FEATURES} numbers: {line[:80]!r}.",
+                f"{path}: line {number} must hold {NUM_FEATURES} numbers, and is "
+                f"{line[:80]!r}.",
                 "Write the measurements of a tumour in each line, with commas, without "
                 "a header.")
         rows.append(row)

@@ -35,12 +35,13 @@ def task_of(label: np.ndarray, task: str, where: str) -> tuple[str, int]:
             f"record, from 0 to {classes - 1}.", f"Use --task={found}.")
     if task != "multi_class":
         return task, columns
-    counts = np.bincount(np.maximum(label[:, 0], 0))
-    if not counts.all():
+    present = np.unique(label[label >= 0])
+    gaps = np.flatnonzero(present != np.arange(len(present)))
+    if len(gaps):
         record = int(label[:, 0].argmax())
         raise mpl.ConfigError(
             f"{where}: record {record} has label {classes - 1}, and no record label "
-            f"{int(counts.argmin())}.",
+            f"{gaps[0]}.",
             "Correct the label, or number the classes from 0 without a gap.")
     return task, classes
 
@@ -66,8 +67,8 @@ def encoded(label: np.ndarray, task: str, num_logits: int, where: str) -> np.nda
     if len(bad):
         record, column = bad[0]
         raise mpl.ConfigError(
-            f"{where}: record {record} has label {label[record, column]}, and must have "
-            f"0 ... {most}.", "Correct the label, or leave the record out.")
+            f"{where}: record {record} has label {label[record, column]}, and must "
+            f"have 0 ... {most}.", "Correct the label, or leave the record out.")
     if one_hot:
         return (label == np.arange(num_logits)).astype(np.uint8)
     return label.astype(np.uint8)

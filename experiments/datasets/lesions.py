@@ -63,7 +63,8 @@ def _draw(split: str, rank: int) -> tuple:
     # RandomState, because NumPy promises that its numbers never change.
     random = np.random.RandomState(10 * rank + _SEEDS[split])
     count = NUM_EXAMPLES[rank][split]
-    radius, contrast = random.uniform(*_RADIUS, count), random.uniform(*_CONTRAST, count)
+    radius = random.uniform(*_RADIUS, count)
+    contrast = random.uniform(*_CONTRAST, count)
     odds = log_odds(_standard(radius, _RADIUS), _standard(contrast, _CONTRAST))
     label = (random.uniform(size=count) < 1 / (1 + np.exp(-odds))).astype(np.int32)
     return radius, contrast, label, random

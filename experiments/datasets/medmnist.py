@@ -73,8 +73,8 @@ def load(path: str, split: str) -> dict[str, np.ndarray]:
     rgb = image.ndim == 4 and image.shape[-1] == 3
     if image.dtype != np.uint8 or not (image.ndim == 3 or rgb or cube):
         raise mpl.ConfigError(
-            f"{path}: {names[0]} is {image.dtype} {list(image.shape)}, and must be uint8 "
-            "[n, height, width], [n, height, width, 3] or [n, size, size, size].",
+            f"{path}: {names[0]} is {image.dtype} {list(image.shape)}, and must be "
+            "uint8 [n, height, width], [n, height, width, 3] or [n, size, size, size].",
             _REMEDY)
     if label.dtype.kind not in "iu" or label.ndim != 2 or not label.shape[1]:
         raise mpl.ConfigError(
@@ -82,5 +82,6 @@ def load(path: str, split: str) -> dict[str, np.ndarray]:
             "integers [n, labels].", _REMEDY)
     if not 0 < len(image) == len(label):
         raise mpl.ConfigError(
-            f"{path} holds {len(image)} {names[0]} and {len(label)} {names[1]}.", _REMEDY)
+            f"{path} holds {len(image)} {names[0]} and {len(label)} {names[1]}.",
+            _REMEDY)
     return {"image": image if rgb else image[..., np.newaxis], "label": label}

@@ -36,10 +36,10 @@ def find(folder: str) -> str:
     found = [path for path in paths if tf.io.gfile.exists(path)]
     if len(found) != 1:
         raise mpl.ConfigError(
-            f"`data_dir` ({folder}) must hold one of {', '.join(SEPARATORS)}, and holds "
-            f"{len(found)} of them.",
-            "Unpack one set of https://grouplens.org/datasets/movielens/, as ml-1m.zip, "
-            "and name the folder with its ratings.")
+            f"`data_dir` ({folder}) must hold one of {', '.join(SEPARATORS)}, and "
+            f"holds {len(found)} of them.",
+            "Unpack one set of https://grouplens.org/datasets/movielens/, as ml-1m.zip,"
+            " and name the folder with its ratings.")
     return found[0]
 
 
@@ -78,8 +78,8 @@ def read(path: str) -> Ratings:
         if not body.strip():
             raise ValueError("it holds no ratings")
         table = np.loadtxt(
-            io.BytesIO(body.replace(separator.encode(), b"\t")), _COLUMNS, comments=None,
-            delimiter="\t", encoding="latin-1", ndmin=1)
+            io.BytesIO(body.replace(separator.encode(), b"\t")), _COLUMNS,
+            comments=None, delimiter="\t", encoding="latin-1", ndmin=1)
         ids = table["user"], table["item"]
         good = all(1 <= each.min() and each.max() <= MAX_ID for each in ids) and (
             SCALE[0] <= table["rating"].min() and table["rating"].max() <= SCALE[1])

@@ -28,8 +28,8 @@ def cnn(shape: tuple[int, ...], num_outputs: int, filters: int) -> keras.Model:
         stack += [
             convolution(factor * filters, 3, padding="same", use_bias=False),
             layers.BatchNormalization(), layers.ReLU(), pooling(2)]
-    stack += [average(), layers.Dropout(0.3), layers.Dense(num_outputs, dtype="float32")]
-    return keras.Sequential(stack)
+    head = [average(), layers.Dropout(0.3), layers.Dense(num_outputs, dtype="float32")]
+    return keras.Sequential(stack + head)
 
 
 def mlp(num_features: int, num_outputs: int, units: int) -> keras.Model:
