@@ -127,8 +127,8 @@ def test_two_replicas_train_as_one_does(strategy_of):
     outcomes = []
     for replicas in (1, 2):
         experiment = prepared(
-            strategy_of(replicas), policy="float32", factors=16,
-            **{**SMALL, "users": 20_000})
+            strategy_of(replicas), policy="float32", factors=16, optimizer="sgd",
+            learning_rate=0.1, **{**SMALL, "users": 20_000})
         experiment.trainer.train(30)
         outcomes.append({key: np.asarray(value) for key, value in
                          experiment.weights.by_key().items()})
