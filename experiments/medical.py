@@ -80,7 +80,7 @@ class Medical(mpl.Experiment):
         else:
             where, examples = name, OWN[name](split)
             self.prefix = "synthetic_" if name.startswith("synthetic") else ""
-        label, where = examples["label"], f"{where}, split {split}"
+        label = examples["label"]
         if split == "train":  # the first
             self.task, self.num_logits = diagnosis.task_of(
                 label, self.config.task, where)
@@ -88,8 +88,8 @@ class Medical(mpl.Experiment):
         if split == "train":
             self.inspect(examples, label)
             shape = "×".join(map(str, next(iter(examples.values())).shape[1:]))
-            print(f"Data: {where}: {len(label):,} examples of {shape}, task "
-                  f"{self.task}, {self.num_logits} logits", flush=True)
+            print(f"Data: {where}: {len(label):,} training examples of {shape}, "
+                  f"task {self.task}, {self.num_logits} logits", flush=True)
         return {**examples, "label": label}
 
     def inspect(self, examples, label):

@@ -25,11 +25,12 @@ def prepared(strategy, **settings):
 def real_folder(folder):
     """Writes 200 ratings in the layout of MovieLens 1M; returns its folder."""
     random = np.random.default_rng(0)
-    rows = zip(random.integers(1, 9, 200), random.integers(1, 3953, 200),
-               random.integers(1, 6, 200))
+    rows = zip(  # user, item, rating
+        random.integers(1, 9, 200), random.integers(1, 3953, 200),
+        random.integers(1, 6, 200))
     folder.mkdir()
     (folder / "ratings.dat").write_text(
-        "".join(f"{user}::{item}::{rating}::978300760\n" for user, item, rating in rows))
+        "".join("::".join(map(str, row)) + "::978300760\n" for row in rows))
     return str(folder)
 
 
@@ -141,10 +142,10 @@ def test_a_run_resumes_exports_and_predicts(tmp_path, capsys):
     """Of real data, by row: 3,953 films of 32 factors are 500 KB."""
     settings = dict(
         data_dir=real_folder(tmp_path / "ml"), workdir=str(tmp_path / "run"), factors=32,
-        global_batch_size=16, policy="mixed_bfloat16", strategy="one_device")
-    mpl.run(movielens.Movielens, train_steps=4, **settings, lr_schedule="constant")
-    mpl.run(movielens.Movielens, train_steps=8, mode="all", **settings,
-            lr_schedule="constant")
+        global_batch_size=16, policy="mixed_bfloat16", strategy="one_device",
+        lr_schedule="constant")
+    mpl.run(movielens.Movielens, train_steps=4, **settings)
+    mpl.run(movielens.Movielens, train_steps=8, mode="all", **settings)
     said = capsys.readouterr().out
     assert "Going on at step 4 of 8" in said and "movielens: rmse " in said
     pairs = tmp_path / "pairs.csv"

@@ -29,7 +29,7 @@ def test_each_layout_is_read(name, tmp_path):
     assert ratings["user"].tolist() == [1, 1, 6040]
     assert ratings["item"].tolist() == [1193, 661, 1193]
     assert ratings["rating"].tolist() == [5.0, 3.0, 4.0]
-    assert [array.dtype for array in ratings.values()] == [np.int32, np.int32, np.float32]
+    assert [array.dtype for array in ratings.values()] == ["int32", "int32", "float32"]
 
 
 def test_half_stars_and_windows_lines_are_read(tmp_path):
@@ -54,7 +54,7 @@ GOOD = "1\t2\t3\t4\n"
     ("u.data", GOOD + "1\ttwo\t3\t4\n", "line 2 holds what is no number"),
     ("u.data", GOOD + "1\t2.5\t3\t4\n", "line 2 holds what is no number"),
     ("u.data", GOOD + "0\t2\t3\t4\n", "line 2 has an id outside of 1 ... 10000000"),
-    ("u.data", GOOD + "1\t99999999999999999999\t3\t4\n", "line 2 has an id outside of 1"),
+    ("u.data", GOOD + "1\t99999999999999999999\t3\t4\n", "line 2 has an id outside of"),
     ("u.data", GOOD + "1\t2\t5.5\t4\n", "line 2 has a rating outside of 0.5 ... 5.0"),
     ("u.data", GOOD + "1\t2\t0\t4\n", "line 2 has a rating outside of 0.5 ... 5.0"),
     ("u.data", GOOD + "1\t2\tnan\t4\n", "line 2 has a rating outside of 0.5 ... 5.0"),

@@ -36,7 +36,7 @@ def test_sensitivity_by_hand():
     assert value(sensitivity(0.6), LABEL, PROBABILITY) == 0.5  # above 0.4
     label = [0] * 10 + [1] * 4
     probability = [*np.arange(10) / 20, 0.2, 0.42, 0.5, 0.6]
-    assert value(sensitivity(0.9), label, probability) == 0.75  # above 0.4 is one of ten
+    assert value(sensitivity(0.9), label, probability) == 0.75  # one of ten is above
     assert value(sensitivity(0.95), label, probability) == 0.5
 
 
@@ -73,7 +73,7 @@ def test_many_scores_against_counting(specificity):
             for part in (label[:, column] == 0, label[:, column] == 1))
         pairs = np.sign(positive[:, np.newaxis] - negative)
         areas.append((pairs.mean() + 1) / 2)
-        allowed = [t for t in np.append(negative, 2.0)
+        allowed = [t for t in np.concatenate([negative, positive, [2.0]])
                    if (negative < t).mean() >= specificity]
         shares.append((positive >= min(allowed)).mean())
     assert value(ranking.AUC(2), label, probability, weight) == pytest.approx(
