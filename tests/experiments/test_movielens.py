@@ -141,9 +141,9 @@ def test_two_replicas_train_as_one_does(strategy_of):
 def test_a_run_resumes_exports_and_predicts(tmp_path, capsys):
     """Of real data, by row: 3,953 films of 32 factors are 500 KB."""
     settings = dict(
-        data_dir=real_folder(tmp_path / "ml"), workdir=str(tmp_path / "run"), factors=32,
-        global_batch_size=16, policy="mixed_bfloat16", strategy="one_device",
-        lr_schedule="constant")
+        data_dir=real_folder(tmp_path / "ml"), workdir=str(tmp_path / "run"),
+        factors=32, global_batch_size=16, policy="mixed_bfloat16",
+        strategy="one_device", lr_schedule="constant")
     mpl.run(movielens.Movielens, train_steps=4, **settings)
     mpl.run(movielens.Movielens, train_steps=8, mode="all", **settings)
     said = capsys.readouterr().out
