@@ -53,7 +53,8 @@ class Config(mpl.RunConfig):
         "none: all examples.", choices=("balanced", "none"))
     specificity: float = mpl.option(
         0.9, "Share of the healthy that must be told as such, at which the metric "
-        "`sensitivity` is the share of the ill that are found.", above=0, below=1, math=False)
+        "`sensitivity` is the share of the ill that are found.", above=0, below=1,
+        math=False)
     filters: int = mpl.option(16, "Filters of the first convolution.", minimum=1)
 
     def validate(self):
