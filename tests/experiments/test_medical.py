@@ -49,7 +49,7 @@ def losses_of(experiment, label, logits):
 @pytest.mark.parametrize("weights", ["balanced", "none"])
 def test_losses_by_hand(weights, strategy_of, tmp_path):
     def of_task(task):
-        return prepared(strategy_of(0), class_weights=weights,
+        return prepared(strategy_of(1), class_weights=weights,
                         data_dir=folder_of(tmp_path / task, task=task))
 
     balanced = weights == "balanced"
@@ -77,7 +77,7 @@ def test_losses_by_hand(weights, strategy_of, tmp_path):
 
 
 def test_balanced_weights_have_the_mean_1(strategy_of):
-    experiment = prepared(strategy_of(0))
+    experiment = prepared(strategy_of(1))
     label = lesions.load("train")["label"][:, 0]
     without, with_label = np.squeeze(experiment.class_weights)
     assert with_label > 1 > without  # the ill are fewer
@@ -141,7 +141,7 @@ def test_metrics_are_of_all_replicas(strategy_of, tmp_path):
 def test_settings_that_do_not_fit_are_refused(changes, message, strategy_of, tmp_path):
     folder = folder_of(tmp_path / "data", "image", "multi_class")
     with pytest.raises(mpl.ConfigError, match=message):
-        prepared(strategy_of(0), **{"data_dir": folder, **changes})
+        prepared(strategy_of(1), **{"data_dir": folder, **changes})
 
 
 def test_a_bad_label_of_another_split_is_named(strategy_of, tmp_path):
@@ -153,7 +153,7 @@ def test_a_bad_label_of_another_split_is_named(strategy_of, tmp_path):
     np.savez_compressed(path, **arrays)
     with pytest.raises(mpl.ConfigError, match="Split validation: .*/imagemnist.npz: "
                        "record 7 has label 4, and must have 0 ... 3."):
-        prepared(strategy_of(0), data_dir=folder)
+        prepared(strategy_of(1), data_dir=folder)
 
 
 @pytest.mark.slow
