@@ -96,8 +96,8 @@ def test_two_steps_on_each_kind_of_file(shape, task, strategy_of, tmp_path, caps
     assert f"task {task}" in said and "synthetic" not in said
     experiment.trainer.train(2)
     values = experiment.evaluators["validation"].evaluate(-1)
-    assert set(values) >= {"loss", "auc", "sensitivity", "accuracy"}
-    assert all(np.isfinite(float(value)) for value in values.values())
+    for name in ("loss", "auc", "sensitivity", "accuracy"):
+        assert np.isfinite(float(values[name])), name
     assert experiment.train_report()["applied_steps"] == 2
     examples = medical.medmnist.load(f"{folder}/{shape}mnist.npz", "test")
     got = experiment.predictor()({"image": examples["image"]})["probability"]
@@ -121,6 +121,7 @@ def test_two_steps_in_each_policy(task, policy, replicas, strategy_of, tmp_path)
     assert report["applied_steps"] == 2 and report["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_metrics_are_of_all_replicas(strategy_of, tmp_path):
     folder = folder_of(tmp_path / "data", "image", "multi_label", count=24)
     outcomes = []
@@ -202,7 +203,7 @@ def test_volumes_of_the_default_train(strategy_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES[:2])
 def test_known_factors_are_recovered(policy, strategy_of):
     """The log odds that the model gives are those that the labels were drawn with."""
     experiment = prepared(
