@@ -14,7 +14,8 @@ figures are named so. The table of tumours comes with scikit-learn, in the extra
 `medical`.
 Expected, on the test data: with --class_weights=none, in float32, synthetic_auc 0.903,
 where the known risk has 0.918, after about a minute on 2 CPU cores; of the table
-accuracy 1.0 and auc 1.0 (114 tumours), in any policy. Hardware: any. Volumes and MedMNIST: not run here.
+accuracy 1.0 and auc 1.0 (114 tumours), in any policy.
+Hardware: any. Volumes and MedMNIST: not run here.
 Source: Yang et al. 2023, https://doi.org/10.1038/s41597-022-01721-8
 """
 
