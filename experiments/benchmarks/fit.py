@@ -152,7 +152,7 @@ def run(kind: type[mpl.Experiment], config: mpl.RunConfig) -> dict[str, Any]:
     if reason := why_not(kind, config):
         return {"why_not": reason}
     experiment = set_up(kind, config)
-    if not isinstance(experiment.model, keras.Model):
+    if not isinstance(experiment.model, keras.layers.Layer):
         return {"why_not": "no Keras model"}
     clock = Clock()
     model = train(experiment, clock)
