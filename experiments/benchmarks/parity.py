@@ -1,6 +1,6 @@
 """Mixed precision beside float32, and mpl beside Keras's `fit`, on whole trainings.
 
-    python -m experiments.benchmarks.parity --out=runs/parity [--binaries=digits,bert] \\
+    python -m experiments.benchmarks.parity --out=runs/parity [--binaries=digits] \\
       [-- --train_epochs=5]
 
 For each binary: trainings under each policy and seed by `mpl.tools.compare`; and where
@@ -86,7 +86,7 @@ def figures(
 
     Args:
         found: content of compare.json.
-        fits: by policy what each seed's `fit` gave, in the order of the seeds; or empty.
+        fits: by policy what `fit` gave of each seed, in their order; or empty.
     """
     base = reference(found["policies"])
     policies: dict[str, Any] = {}
@@ -139,8 +139,8 @@ def _text(values: Spread | None) -> str:
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Returns the table and what it says not."""
-    lines = ["# Parity", "", f"    {content['command']}", "", f"| {' | '.join(_HEAD)} |",
-             f"|{'---|' * len(_HEAD)}"]
+    lines = ["# Parity", "", f"    {content['command']}", "",
+             f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
     below, notes = [], []
     for name, measured in content["binaries"].items():
         if error := measured.get("error"):
@@ -210,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--binaries", default=",".join(default), help="(default: %(default)s)")
     add("--policies", default="float32,mixed_bfloat16,mixed_float16",
         help="float32, or else the first, is the reference (default: %(default)s)")
-    add("--seeds", type=compare.integers, default="0,1,2", help="(default: %(default)s)")
+    add("--seeds", type=compare.integers, default="0,1,2",
+        help="(default: %(default)s)")
     given = parser.parse_args(words[:cut])
     well: list[bool] = []
     code = code_of(lambda: well.append(run(

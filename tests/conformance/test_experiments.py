@@ -1,7 +1,7 @@
 """What every binary under experiments/ promises: runs, names, commands, the table.
 
-Binaries are found by their files. A new one may need an entry in SMALL, to be quick, and
-needs a row in experiments/README.md.
+Binaries are found by their files. A new one needs a row in experiments/README.md, and an
+entry in SMALL if it is slow.
 """
 
 import ast
@@ -40,8 +40,7 @@ SMALL: dict[str, dict] = {
     "penalty": {"hidden": 8},
     "sam": {"hidden": 8},
 }
-# What a float32 export may differ from the training it is compared with, in units of the
-# largest prediction.
+# How far a float32 export may be off the training, in units of the largest prediction.
 DIFFERENCE = {"float32": 1e-4, "mixed_bfloat16": 0.1, "mixed_float16": 0.02}
 
 
@@ -83,13 +82,10 @@ def test_two_steps(name, policy, replicas, tmp_path, capsys):
         predictions = dict(arrays)
     count, = re.findall(r"^Predictions for (\d+) examples", out, re.M)
     assert {len(array) for array in predictions.values()} == {int(count)}
-    largest = 1.0
-    for array in predictions.values():
-        if array.dtype.kind == "f":
-            assert np.isfinite(array).all()
-            largest = max(largest, float(np.abs(array).max()))
     difference, = re.findall(r"largest difference (\S+)$", out, re.M)
-    assert float(difference) <= DIFFERENCE[policy] * largest
+    if all(array.dtype.kind == "f" for array in predictions.values()):
+        largest = max(float(np.abs(array).max()) for array in predictions.values())
+        assert float(difference) <= DIFFERENCE[policy] * max(1.0, largest)
     assert tf.saved_model.contains_saved_model(str(tmp_path / "run" / "export"))
 
 
