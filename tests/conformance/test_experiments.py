@@ -1,7 +1,7 @@
 """What every binary under experiments/ promises: runs, names, commands, the table.
 
-Binaries are found by their files. A new one needs a row in experiments/README.md, and an
-entry in SMALL if it is slow.
+Binaries are found by their files. A new one needs a row in experiments/README.md, and
+an entry in SMALL if it is slow.
 """
 
 import ast
