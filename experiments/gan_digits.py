@@ -53,7 +53,7 @@ class GanDigits(mpl.Experiment):
                 tape_g.watch(params_g)
                 tape_d.watch(params_d)
                 with of_g.bound(params_g) as g, of_d.bound(params_d) as d:
-                    real, fake = self.images(batch)
+                    real, fake = self.pairs(batch)
                     on_real, on_fake = self.judge(real, batch), self.judge(fake, batch)
                 losses_d = tf.nn.softplus(-on_real) + tf.nn.softplus(on_fake)
                 loss_g = mpl.LossOutput(tf.nn.softplus(-on_fake), batch["weight"])
@@ -70,14 +70,14 @@ class GanDigits(mpl.Experiment):
     def judge(self, image, batch):
         return self.model["discriminator"]([image, batch["label"]], training=True)[:, 0]
 
-    def images(self, batch):
+    def pairs(self, batch):
         return tf.cast(batch["image"], tf.float32) / 16, self.predict(batch)
 
     def predict(self, batch):
         return self.model["generator"](batch["label"])
 
     def loss(self, batch, training):  # of evaluation
-        real, fake = self.images(batch)
+        real, fake = self.pairs(batch)
         error = tf.reduce_mean(tf.abs(real - fake), axis=[1, 2, 3])
         return mpl.LossOutput(error, batch["weight"], (real, fake))
 

@@ -68,6 +68,7 @@ class Experiment:
     def build_data(self, split: str, context: data_lib.DataContext) -> Any:
         """Returns the examples of "train", "validation" or "test"; None: no such split.
 
+        It is asked in this order.
         They are a dict of NumPy arrays by name, a tf.data.Dataset of dicts, one example
         an element, or a source: `mpl.ArraySource`, `mpl.DatasetSource`, or
         `mpl.FileSource`, which shuffles files and goes on in the middle of them.

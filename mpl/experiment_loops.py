@@ -116,19 +116,35 @@ class ExperimentTrainer(trainer_lib.Trainer):
 
 
 class ExperimentEvaluator(evaluator_lib.Evaluator):
-    """Runs an experiment's `eval_step` over one split."""
+    """Runs an experiment's `eval_step` over one split.
+
+    Where its length is known, the data repeat and the iterator is kept for the next
+    evaluation: to end one may take seconds, for TensorFlow waits for its autotuner.
+    """
 
     def __init__(self, experiment: Any, split: str):
-        eager = experiment.config.debug_eager
-        options = evaluator_lib.EvaluatorOptions(use_tf_function=not eager)
-        pipeline = experiment.pipelines[split]
+        pipeline, eager = experiment.pipelines[split], experiment.config.debug_eager
+        self._length = pipeline.batches_per_epoch
+        dataset = pipeline.dataset(**experiment.shard)
         super().__init__(
             distribute.distribute_dataset(
-                pipeline.dataset(**experiment.shard), experiment.strategy),
-            options,
-        )
+                dataset.repeat() if self._length else dataset, experiment.strategy),
+            evaluator_lib.EvaluatorOptions(use_tf_function=not eager,
+                                           recreate_iterator_for_each_eval=False))
         self._experiment, self._split, self._drawn = experiment, split, False
         self._sample: dict[str, tf.Tensor] = {}
+
+    def evaluate(self, num_steps: Any = -1) -> dict[str, Any] | None:
+        length, is_whole = self._length, False
+        if length is not None:
+            num_steps = length if num_steps < 0 else min(int(num_steps), length)
+        try:
+            output = super().evaluate(num_steps)
+            is_whole = self.steps_done == length
+            return output
+        finally:
+            if not is_whole:  # the next one begins at the first batch
+                self.loop.iterators = None
 
     def eval_begin(self) -> None:
         self._experiment.eval_metrics.reset()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,13 @@ from absl import logging
 
 from mpl.data import reading
 from mpl.data.ranges import fault_in
-from mpl.data.source import EMPTY, Batch, Source, check_elements
+from mpl.data.source import EMPTY, Batch, Source, Transform, check_elements
 from mpl.errors import ConfigError
 
 _MAX_STREAMS = 64
+_NO_SEED = (0, 0)
+_WRONG_NUMBER = r"File .* must hold \d+ examples by `examples_per_file` and holds \w+"
+_fold_in = tf.random.experimental.stateless_fold_in
 
 
 class FileSource(Source):
@@ -41,6 +45,10 @@ class FileSource(Source):
             damaged, and `examples_per_file` has no effect.
         shuffle_buffer: from how many examples a stream draws the next one where the
             pipeline shuffles; 0: files come in another order, their examples do not.
+        transform: changes an example, to decode and augment it: `transform(example,
+            seed)`, a pure function of its tensors and an int64 `[2]` seed for
+            `tf.image`'s and `tf.random`'s stateless functions, another for each example
+            and epoch.
 
     Attributes:
         files: the paths of the files that hold examples.
@@ -57,9 +65,11 @@ class FileSource(Source):
         files: str | os.PathLike | Sequence[str | os.PathLike], read: reading.Read, *,
         examples_per_file: Sequence[int] | Mapping[str, int] | None = None,
         shuffle_buffer: int = 0, max_bad_records: int = 0,
+        transform: Transform | None = None,
     ):
         self._read, self._shuffle_buffer = read, shuffle_buffer
         self.max_bad_records, self._has_bad = max_bad_records, list[str]()
+        self._transform = transform
         self.files = _find(files)
         first = read(tf.constant(self.files[0]))
         if not isinstance(first, tf.data.Dataset):
@@ -105,8 +115,13 @@ class FileSource(Source):
         Raises:
             ConfigError: a file cannot be read, with the number of the example.
         """
-        files = [path for path in self.files if path not in self._has_bad]
-        reading.count(files, lambda path: self._read(path).batch(1).map(check))
+        def read(path: tf.Tensor) -> tf.data.Dataset:
+            examples = self._read(path)
+            if self._transform is not None:
+                examples = examples.map(lambda e: self._transform(e, _NO_SEED))
+            return examples.batch(1).map(check)
+
+        reading.count([p for p in self.files if p not in self._has_bad], read)
 
     def num_streams(self, global_batch_size: int) -> int:
         """How many streams read at once, whatever the number of workers."""
@@ -114,7 +129,8 @@ class FileSource(Source):
         return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
 
     def stream(
-        self, number: tf.Tensor, streams: int, length: int, skip: tf.Tensor, key: Any
+        self, number: tf.Tensor, streams: int, length: int, skip: tf.Tensor,
+        key: tf.Tensor, shuffle: bool,
     ) -> tf.data.Dataset:
         """What one stream reads in one epoch.
 
@@ -123,7 +139,8 @@ class FileSource(Source):
             streams: how many there are.
             length: records in the epoch: examples, and then some that only fill up.
             skip: how many are left out at the start, int64.
-            key: the epoch's seed, int64 `[2]`; None: files come in their own order.
+            key: the epoch's seed, int64 `[2]`.
+            shuffle: whether files come in another order than their own.
 
         Returns:
             A dataset of (a bool of no meaning, (example, whether it is real)).
@@ -131,12 +148,12 @@ class FileSource(Source):
         begin = number * self.num_examples // streams
         end = (number + 1) * self.num_examples // streams
         order = tf.range(len(self.files), dtype=tf.int64)
-        if key is not None:
+        if shuffle:
             last = tf.constant(len(self.files) - 1, tf.int64)
             order = tf.random.experimental.index_shuffle(order, key, last)
         paths, counts = tf.gather(self._paths, order), tf.gather(self._counts, order)
         ends = tf.cumsum(counts)
-        shuffles = key is not None and self._shuffle_buffer
+        shuffles = shuffle and self._shuffle_buffer
         start = begin if shuffles else begin + skip
 
         def read(file: tf.Tensor) -> tf.data.Dataset:
@@ -154,15 +171,24 @@ class FileSource(Source):
         if shuffles:
             # The order must not depend on the seed that the program has set.
             tf.compat.v1.set_random_seed(1)  # of this function's graph alone
-            key = tf.random.experimental.stateless_fold_in(key, begin)
-            seed = tf.random.stateless_uniform([], key, None, None, tf.int64)
+            seed = tf.random.stateless_uniform(
+                [], _fold_in(key, begin), None, None, tf.int64)
             examples = examples.shuffle(
                 self._shuffle_buffer, seed, reshuffle_each_iteration=False)
             examples = examples.skip(skip)
         filling = self._good(paths[file_of(begin)]).take(1).cache().repeat()
         no = tf.data.Dataset.from_tensors(False).repeat()
         filling = tf.data.Dataset.zip((no, tf.data.Dataset.zip((filling, no))))
-        return examples.concatenate(filling.take(length - (end - begin)))
+        examples = examples.concatenate(filling.take(length - (end - begin)))
+        if (transform := self._transform) is None:
+            return examples
+
+        def change(place: tf.Tensor, element: Any) -> Any:
+            has_no_meaning, (example, is_real) = element
+            seed = _fold_in(_fold_in(key, number), place)
+            return has_no_meaning, (transform(example, seed), is_real)
+
+        return examples.enumerate(skip).map(change, num_parallel_calls=tf.data.AUTOTUNE)
 
     def _checked(self, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         """A file's examples in the form of `stream`; as many as was said, or an error.
@@ -173,10 +199,10 @@ class FileSource(Source):
 
         def failing(number: str) -> tf.data.Dataset:
             def fail(number: tf.Tensor) -> tf.Tensor:
-                fault = [
-                    "File", path, "must hold", count, "examples by `examples_per_file` "
-                    "and holds", number, ". Correct it or leave it out."]
-                check = tf.raw_ops.Assert(condition=False, data=fault)
+                said = tf.strings.join([
+                    "File ", path, " must hold ", tf.strings.as_string(count),
+                    " examples by `examples_per_file` and holds ", number, "."])
+                check = tf.raw_ops.Assert(condition=False, data=[said])
                 with tf.control_dependencies([check]):
                     return tf.constant(False)
 
@@ -216,6 +242,8 @@ def naming_damage(pipelines: Iterable[Any]) -> Iterator[None]:
     try:
         yield
     except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+        if found := re.search(_WRONG_NUMBER, error.message):
+            raise ConfigError(f"{found[0]}.", "Correct it or leave it out.") from error
         fault = fault_in(error)
         if fault or isinstance(error, tf.errors.DataLossError) or (
                 "IteratorGetNext" in error.message):

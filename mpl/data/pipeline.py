@@ -252,9 +252,10 @@ class Pipeline:
 
         def stream(number: tf.Tensor) -> tf.data.Dataset:
             def epoch_of(epoch: tf.Tensor) -> tf.data.Dataset:
-                key = self._key(epoch) if self._shuffle else None
                 skip = tf.cast(epoch == first, tf.int64) * batch * rows
-                return source.stream(number, streams, length * rows, skip, key)
+                return source.stream(
+                    number, streams, length * rows, skip, self._key(epoch),
+                    self._shuffle)
 
             return epochs.flat_map(epoch_of)
 
@@ -262,7 +263,8 @@ class Pipeline:
             stream, own, rows, num_parallel_calls=tf.data.AUTOTUNE)
         batches = records.batch(own * rows, drop_remainder=True)
         batches = batches.map(
-            lambda _, record: weighted(self.check(record[0]), record[1]))
+            lambda _, record: weighted(self.check(record[0]), record[1]),
+            num_parallel_calls=tf.data.AUTOTUNE)
         return batches.prefetch(tf.data.AUTOTUNE)
 
     def _in_order(self, examples: tf.data.Dataset, position: int) -> tf.data.Dataset:

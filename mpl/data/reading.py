@@ -12,7 +12,9 @@ from mpl.errors import ConfigError
 
 Read = Callable[[tf.Tensor], tf.data.Dataset]
 Counted = tuple[str, int, bool]
-_NOISE = r"\{\{.*?\}\} | \[Op:.*|assertion failed: \[|\.?\](?=$| \[Op)"
+_NOISE = (
+    r"\{\{.*?\}\} | \[Op:.*|assertion failed: \[|\.?\](?=$| \[Op)"
+    r"|Error in user-defined function passed to .* with iterator: [\w:]*: ")
 _FRAME = 8 + 4 + 4  # of a record: its length, the length's checksum, the data's
 
 

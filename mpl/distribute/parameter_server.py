@@ -64,11 +64,11 @@ def serve(cluster: Cluster, timeout_secs: float = 300.0) -> None:
         if _answers(chief):
             has_come, deadline = True, time.monotonic() + _GONE_SECS
         elif asked:
-            return
+            break
         time.sleep(_LOOK_SECS)
     for number, handler in former.items():
         signal.signal(number, handler)
-    if not has_come:
+    if not (has_come or asked):
         cause = f"chief 0 ({chief}) did not start within {timeout_secs:g} s."
         raise ClusterError(cause, _LOG)
 

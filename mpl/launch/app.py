@@ -162,7 +162,7 @@ def _predict_saved(experiment: Experiment, config: RunConfig) -> Results:
     distribute.configure(config.visible_devices, config.gpu_memory_limit_mb)
     experiment.config, path = config, config.output or "predictions.npz"
     predictor = SavedPredictor(config.saved_model or "")
-    count = predictions.write(experiment, path, predictor, predictor.specs)
+    count = predictions.write(experiment, path, predictor, predictor.specs) or 0
     print(f"Predictions for {count} examples are in {path}")
     print(result_line(experiment.name, {"predictions": count}), flush=True)
     return {}

@@ -48,9 +48,11 @@ def write(
         cause = f"`input` ({experiment.config.input}) holds no examples."
         raise ConfigError(cause, "Name a file or folder that does.")
     arrays = tf.nest.map_structure(lambda *part: np.concatenate(part), *parts)
-    arrays = arrays if isinstance(arrays, dict) else {"predictions": arrays}
+    arrays = dict(arrays) if isinstance(arrays, dict) else {"predictions": arrays}
     count, buffer = len(tf.nest.flatten(arrays)[0]), io.BytesIO()
-    np.savez(buffer, **arrays, **({"image_file": np.array(names)} if names else {}))
+    if names:
+        arrays["image_file"] = np.array(names)
+    np.savez(buffer, allow_pickle=False, **arrays)
     with tf.io.gfile.GFile(f"{path}.tmp", "wb") as file:
         file.write(buffer.getvalue())
     tf.io.gfile.rename(f"{path}.tmp", path, overwrite=True)

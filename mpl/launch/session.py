@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -13,7 +14,7 @@ from mpl import loop
 from mpl.errors import CheckpointError, Preempted
 from mpl.experiment import Experiment
 from mpl.launch import jit_trial, predictions, workdir
-from mpl.launch.config import TRAINING_MODES, EarlyStop, RunConfig, better
+from mpl.launch.config import TRAINING_MODES, EarlyStop, better
 from mpl.launch.config import parse_best_metric, parse_early_stop
 from mpl.launch.guide import Guide
 from mpl.launch.intervals import intervals
@@ -28,7 +29,7 @@ from mpl.record.progress import Progress
 
 Results = dict[str, dict[str, float]]
 _POLL_SECS = 10.0  # how often continuous_eval asks whether training is complete
-_WATCHED = ("early_stop", "best_metric")
+_WATCHED = ("early_stop", "best_metric", "learning_rate")
 
 
 def metric_names(experiment: Experiment) -> list[str]:
@@ -86,14 +87,15 @@ class Session:
         objects = {"early_stopping": self.stopping, "best_metric": self.best_metric,
                    "evaluation_due": self._evaluation_due,
                    **experiment.checkpoint_objects()}
-        # The best value of another metric means nothing.
+        # The best value of another metric means nothing; a constant rate is a variable.
         new = {name: written(getattr(config, name)) for name in _WATCHED}
-        watching: tuple[tf.Module, ...] = (self.stopping, self.best_metric)
+        rates = [rate for each in tf.nest.flatten(experiment.optimizer)
+                 if isinstance(rate := each.inner.learning_rate, keras.Variable)]
+        watching: Any = (self.stopping.variables, self.best_metric.variables, rates)
         self._anew = [
-            (each, [variable.numpy() for variable in each.variables])
-            for each, before, after in zip(
+            (variable, variable.numpy()) for variables, before, after in zip(
                 watching, _watched(record or new), _watched(new))
-            if before != after]
+            if before != after for variable in variables]
         self.checkpoints = Checkpoints(
             self._file("checkpoints"), max_to_keep=config.max_to_keep,
             keep_every_steps=config.keep_every_steps, writes=peers.is_chief,
@@ -113,7 +115,7 @@ class Session:
         if peers.is_chief:
             progress = Progress(global_batch_size=size, batches_per_epoch=shown)
             self._reporters += [progress, self._log]
-        runners = [experiment.trainer, *experiment.evaluators.values()]
+        runners: list[Any] = [experiment.trainer, *experiment.evaluators.values()]
         self._interrupt = loop.Interrupt(  # of processes in step none may end alone
             [each.loop for each in runners] if peers.size == 1 else [],
             ["SIGTERM", config.preemption_signal])
@@ -187,9 +189,8 @@ class Session:
             self._print(text)
         if restored:
             self._print(f"Going on at step {self._step()} of {total} in {self.path}")
-            for kept, values in self._anew:
-                for variable, value in zip(kept.variables, values):
-                    variable.assign(value)
+            for variable, value in self._anew:
+                variable.assign(value)
         trainer = self.experiment.trainer
         trainer.jit_trial = jit_trial.trial_of(self.experiment, self.path)
         if evaluates and "validation" in self.experiment.evaluators:
@@ -321,10 +322,11 @@ class Session:
         return self._said
 
 
-def _watched(settings: Mapping[str, str]) -> tuple[str, str]:
-    """Returns the metrics of early stopping and of the best checkpoint, or "none"."""
-    stop, best = (settings.get(name, "none").partition(":")[0] for name in _WATCHED)
-    return stop, stop if best == "none" else best
+def _watched(settings: Mapping[str, str]) -> tuple[str, str, str]:
+    """Returns the metrics of early stopping and the best checkpoint, and the rate."""
+    stop, best, rate = (
+        settings.get(name, "none").partition(":")[0] for name in _WATCHED)
+    return stop, stop if best == "none" else best, rate
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None: ...

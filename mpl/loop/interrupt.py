@@ -85,11 +85,11 @@ class Interrupt:
             signal.signal(number, former)
         signal.set_wakeup_fd(self._wakeup)
 
-    def _request(self, signum: int, frame: Any) -> None:
-        self.requested = signal.Signals(signum)
-        if signum == signal.SIGINT:
-            signal.signal(signum, self._former[signum])
-        logging.warning("%s: the run ends after this step.", self.requested.name)
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = asked = signal.Signals(number)
+        if asked == signal.SIGINT:
+            signal.signal(asked, self._former[asked])
+        logging.warning("%s: the run ends after this step.", asked.name)
 
     def _listen(self) -> None:
         first: dict[int, float] = {}

@@ -63,5 +63,5 @@ class Watchdog:
             elif now - since > secs * (1 if moves[kind] > 1 else _SLACK):
                 print(f"Nothing moved for {now - since:.0f} s in {kind}; what each "
                       "thread does:", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.__stderr__)
+                faulthandler.dump_traceback(sys.__stderr__ or 2)
                 return self._end(EXIT_CODE)

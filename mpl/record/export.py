@@ -28,7 +28,8 @@ def export_saved_model(
     """Writes a SavedModel whose `serving_default` takes each feature by its name.
 
     It is written beside `path` and then renamed: a former export stays until the new
-    one is whole.
+    one is whole. On other file systems, such as `gs://`, whose folders are not renamed
+    at once, it is deleted first; there `mpl_export.json` is written last.
 
     Args:
         module: `tf.Module` or Keras model that holds the variables `predict_fn` reads.
@@ -65,23 +66,28 @@ def export_saved_model(
     exported.module = module  # a SavedModel holds the variables that its root tracks
     signature = tf.function(serve).get_concrete_function(**specs)
     versions = {library.__name__: library.__version__ for library in (tf, keras, np)}
-    beside = f"{path.rstrip('/')}.tmp-{uuid.uuid4().hex[:8]}"
+    is_local = "://" not in path
+    beside = f"{path.rstrip('/')}.tmp-{uuid.uuid4().hex[:8]}" if is_local else path
     try:
+        if not is_local and tf.io.gfile.exists(path):
+            tf.io.gfile.rmtree(path)
         tf.saved_model.save(exported, beside, signatures=signature)
         with tf.io.gfile.GFile(os.path.join(beside, INFO_FILE), "w") as file:
             json.dump({"run": run, **info, "versions": versions}, file, indent=2)
-        old = f"{beside}-old"
-        if tf.io.gfile.exists(path):
-            tf.io.gfile.rename(path, old)
-        tf.io.gfile.rename(beside, path)
-        if tf.io.gfile.exists(old):
-            tf.io.gfile.rmtree(old)
+        if is_local:
+            old = f"{beside}-old"
+            if tf.io.gfile.exists(path):
+                tf.io.gfile.rename(path, old)
+            tf.io.gfile.rename(beside, path)
+            if tf.io.gfile.exists(old):
+                tf.io.gfile.rmtree(old)
     except tf.errors.OpError as error:
-        cause = f"The SavedModel `{path}` cannot be written: {error.message}."
+        reason = error.message or type(error).__name__
+        cause = f"The SavedModel `{path}` cannot be written: {reason}."
         remedy = "Choose a path that can be written and has room."
         raise CheckpointError(cause, remedy) from error
     finally:
-        if tf.io.gfile.exists(beside):
+        if is_local and tf.io.gfile.exists(beside):
             tf.io.gfile.rmtree(beside)
     return path
 

@@ -70,7 +70,7 @@ def match(path: str, root: Any) -> Match:
     TensorFlow finds differences only while it overwrites the objects, and does not see
     entries of a checkpoint that an object no longer has.
     """
-    reader = tf.train.load_checkpoint(path)
+    reader = tf.compat.v1.train.NewCheckpointReader(path)  # looks for no folder
     shapes = reader.get_variable_to_shape_map()
     graph = reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
     matched = tf.train.CheckpointView(path).match(root)

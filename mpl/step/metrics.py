@@ -14,7 +14,8 @@ from mpl.step import state as state_lib
 
 _RESERVED = frozenset(
     "loss step epoch split steps_per_sec examples_per_sec loss_scale applied_steps "
-    "skipped_steps grad_norm learning_rate".split())
+    "skipped_steps grad_norm learning_rate goodput lost_steps restarts time note"
+    .split())
 
 
 class Metrics(tf.Module):

@@ -3,8 +3,9 @@
     python -m mpl.tools.compare --policies=float32,mixed_bfloat16 --seeds=0,1,2 \\
       --out=FOLDER -- python -m experiments.digits --train_epochs=5
 
-Each run is the command with --policy, --seed and --workdir added, and --mode=all unless
-it names a mode. A comparison that was cut short goes on when it is started again.
+Each run is the command with --policy, --seed and --workdir added, and --mode=all and
+--export_weights=compute unless it says otherwise. A comparison that was cut short goes
+on when it is started again.
 """
 
 import dataclasses
@@ -58,8 +59,9 @@ def run(
     for count, (policy, seed) in enumerate(plan, 1):
         path, name = os.path.join(out, policy, str(seed)), f"{policy} seed {seed}"
         extra = [f"--policy={policy}", f"--seed={seed}", f"--workdir={path}"]
-        if not any(re.match("--?mode(=|$)", word) for word in command):
-            extra.append("--mode=all")
+        for flag, value in (("mode", "all"), ("export_weights", "compute")):
+            if not any(re.match(f"--?{flag}(=|$)", word) for word in command):
+                extra.append(f"--{flag}={value}")
         title = f"[{count}/{len(plan)}] {name}"
         measured = trials.run_once([*command, *extra], path, title)
         done.append(Trial(policy, seed, runs.load(path, name), measured))

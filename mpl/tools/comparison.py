@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from mpl.errors import ConfigError
 from mpl.launch.config import better
-from mpl.record.export import INFO_FILE, load_predictor
+from mpl.record.export import INFO_FILE, SavedPredictor
 from mpl.tools.runs import Run, common_metrics
 
 _BATCH_SIZES = (1, 256)
@@ -164,7 +164,8 @@ def _figures(
         "process_secs": measured["secs"],
         "peak_memory_mb": measured["peak_memory_mb"],
         "final": final,
-        "difference": final - peer.run.last(goal.final_split, goal.metric),
+        # Metrics are float32: more digits would be noise.
+        "difference": round(final - peer.run.last(goal.final_split, goal.metric), 7),
         "skipped_steps": run.last("train", "skipped_steps"),
         "at_equal_time": goal.at_equal_time(run),
         "secs_to_target": goal.secs_to_target(run),
@@ -210,12 +211,11 @@ def time_exports(trials: Sequence[Trial]) -> None:
         path = os.path.join(trial.run.path, "export")
         if not os.path.isdir(path):
             continue
-        signature = tf.saved_model.load(path).signatures["serving_default"]
-        specs = signature.structured_input_signature[1]
+        predict = SavedPredictor(path)
+        specs = predict.specs
         if all(spec.shape[1:].is_fully_defined() for spec in specs.values()):
             with open(os.path.join(path, INFO_FILE), encoding="utf-8") as file:
                 trial.measured["computes_in"] = json.load(file)["policy"]
-            predict = load_predictor(path)
             for size in _BATCH_SIZES:
                 batch = {name: tf.zeros([size, *spec.shape[1:]], spec.dtype).numpy()
                          for name, spec in specs.items()}

@@ -36,7 +36,8 @@ SIGNATURES = {
     "ExportSavedModel": "export, directory, *global_step, *max_to_keep=",
     "LossOutput": "per_example, weights, outputs=",
     "FileSource": (
-        "files, read, *examples_per_file=, *shuffle_buffer=, *max_bad_records="
+        "files, read, *examples_per_file=, *shuffle_buffer=, *max_bad_records=, "
+        "*transform="
     ),
     "LossScaleOptimizer": (
         "inner, loss_scale=, weights=, *clip_norm=, *ema_decay=, "

@@ -2,7 +2,6 @@
 
 import itertools
 import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -273,9 +272,12 @@ def test_a_wrong_count_is_found_when_it_is_read(
         with pytest.raises(tf.errors.InvalidArgumentError) as error:
             for batch in pipeline.dataset():
                 read += batch["x"][batch["weight"] > 0].numpy().tolist()
-        message = " ".join(re.sub(r"[][]", "", error.value.message).split())
-        assert (f"File {files[file]} must hold {counts[file]} examples by "
-                f"`examples_per_file` and holds {holds} .") in message
+        said = (f"File {files[file]} must hold {counts[file]} examples by "
+                f"`examples_per_file` and holds {holds}.")
+        assert said in error.value.message
+        with pytest.raises(ConfigError) as error, naming_damage([pipeline]):
+            list(pipeline.dataset())
+        assert error.value.cause == said
         assert len(read) == len(set(read))  # what is missing had no weight
 
 
@@ -378,3 +380,46 @@ def test_the_number_of_streams_is_a_divisor_of_the_batch(tmp_path):
     source = FileSource(_write(tmp_path, [1] * 70), _read, examples_per_file=[1] * 70)
     sizes = {1: 1, 7: 7, 64: 64, 128: 64, 96: 48, 71: 1, 1000: 50}
     assert {size: source.num_streams(size) for size in sizes} == sizes
+
+
+def _drawn(example, seed):
+    """Another number for each example and epoch."""
+    return {**example, "drawn": tf.random.stateless_uniform([], seed)}
+
+
+def _draws(files, position=0, shard=0, num_shards=1, **settings):
+    source = FileSource(files, _read, transform=_drawn)
+    pipeline = Pipeline(source, global_batch_size=6, repeat=True, **settings)
+    batches = pipeline.dataset(position, shard=shard, num_shards=num_shards)
+    return [list(zip(b["x"].numpy().tolist(), b["drawn"].numpy().tolist()))
+            for b in batches.take(6 - position)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_transform_is_a_function_of_seed_and_place(tmp_path, shuffle):
+    files = _write(tmp_path, [5, 6, 6, 2])  # 4 batches an epoch
+    whole = _draws(files, shuffle=shuffle)
+    assert _draws(files, shuffle=shuffle) == whole
+    for position in (1, 3, 4, 5):
+        assert _draws(files, position, shuffle=shuffle) == whole[position:]
+    parts = [_draws(files, shard=n, num_shards=3, shuffle=shuffle) for n in range(3)]
+    assert [sorted(sum(batch, [])) for batch in zip(*parts)] == list(map(sorted, whole))
+    values = [drawn for batch in whole for _, drawn in batch]
+    assert len(set(values)) == len(values) == 36  # two epochs, and what fills them up
+    if shuffle:
+        assert _draws(files, shuffle=True, seed=1) != whole
+
+
+def test_a_transform_that_fails_names_file_and_example(tmp_path):
+    files = _write(tmp_path, [2, 4])
+
+    def transform(example, seed):
+        check = tf.debugging.Assert(example["x"] != 4, ["no such number"])
+        with tf.control_dependencies([check]):
+            return {"x": tf.identity(example["x"])}
+
+    pipeline = Pipeline(FileSource(files, _read, transform=transform),
+                        global_batch_size=2, shuffle=True, repeat=False)
+    said = f"File {files[1]} cannot be read after 2 examples: no such number"
+    with pytest.raises(ConfigError, match=said), naming_damage([pipeline]):
+        list(pipeline.dataset())

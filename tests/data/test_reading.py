@@ -113,18 +113,19 @@ def test_one_more_is_an_error(tmp_path, warned, allowed):
     assert len(warned) == allowed
 
 
-@pytest.mark.parametrize("how", ["header", "truncated"])
-def test_a_file_cut_off_in_its_first_record_is_left_out(tmp_path, warned, how):
+# TensorFlow takes what is shorter than the header of a record for the file's end.
+@pytest.mark.parametrize("how, found", [("header", 0), ("truncated", 1)])
+def test_a_file_cut_off_in_its_first_record_is_left_out(tmp_path, warned, how, found):
     files = _write(tmp_path, 3, 3)
     _damage(files[0], 0, 0, how)
     source = FileSource(files, _read, max_bad_records=1)
-    assert _numbers(source) == [3, 4, 5] and len(warned) == 1
+    assert _numbers(source) == [3, 4, 5] and len(warned) == found
     assert source.files == files[1:]
 
 
 def _compress(file):
     content = bytearray(gzip.compress(pathlib.Path(file).read_bytes()))
-    pathlib.Path(file).write_bytes(content[:-20])
+    pathlib.Path(file).write_bytes(content[:len(content) // 2])
 
 
 def test_what_nobody_knows_the_size_of_is_an_error(tmp_path, warned):

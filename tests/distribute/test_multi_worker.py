@@ -69,8 +69,8 @@ def test_the_chief_alone_exports_and_predicts(undisturbed, tmp_path):
     """Of a file that another process writes, faulty.py makes an error."""
     workdir, output = undisturbed
     assert {path.name for path in workdir.iterdir()} == {
-        "checkpoints", "export", "flagfile.txt", "lock", "metrics.jsonl",
-        "predictions.npz", "summaries"}
+        "checkpoints", "export", "flagfile.txt", "goodput.json", "lock",
+        "metrics.jsonl", "predictions.npz", "summaries"}
     count, = re.findall(r"^\[worker 0\] Predictions for (\d+) examples", output, re.M)
     predicted = np.load(workdir / "predictions.npz")["predictions"]
     assert int(count) == len(predicted) == 50

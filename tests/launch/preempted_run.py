@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
-from mpl.launch import predictions
+from mpl.record import progress
 
 AT, PAUSE = os.environ.get("AT"), float(os.environ.get("PAUSE", 0))
 TIMES = itertools.count(1)
@@ -59,7 +59,7 @@ def before_each(place, function):
 
 
 tf.saved_model.save = after("export", tf.saved_model.save)
-predictions.batches = before_each("predict", predictions.batches)
+progress.tracked = before_each("predict", progress.tracked)
 tf.train.Checkpoint.write = after("save", tf.train.Checkpoint.write)
 
 

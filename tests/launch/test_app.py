@@ -1,5 +1,6 @@
 """From an experiment class to a finished run: checks, exit codes, the process."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -200,6 +201,7 @@ def sessions(monkeypatch):
             return {"test": {"accuracy": 1.0}}
 
     monkeypatch.setattr(app, "Session", Session)
+    monkeypatch.setattr(app, "watching", lambda *_: contextlib.nullcontext())
     return made
 
 

@@ -331,12 +331,12 @@ class Overflowing(Line):
         return mpl.DatasetSource(rows.enumerate().map(self.poison), 40)
 
     def poison(self, number, row):
-        bad = tf.where((number // 8) % 3 == 2, np.float32(np.inf), np.float32(1))
-        return {**row, "factor": bad}
+        bad = tf.where((number // 8) % 3 == 2, np.float32(0), np.float32(1))
+        return {**row, "divisor": bad}
 
     def loss(self, batch, training):
         output = super().loss(batch, training)
-        return output._replace(per_example=output.per_example * batch["factor"])
+        return output._replace(per_example=output.per_example / batch["divisor"])
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])

@@ -111,7 +111,7 @@ def test_the_experiment_knows_the_range_and_formats_of_its_own(tmp_path):
     (tmp_path / "x.txt").write_text("1.5 2.5")
     total, batches, names = read(tmp_path / "x.txt", floats, Own)
     assert (total, names, batches[0]["x"].tolist()) == (None, [], [1.5, 2.5])
-    with pytest.raises(ConfigError, match="in an unknown range: {'image'.*\nDefine `fr"):
+    with pytest.raises(ConfigError, match="an unknown range: {'image'.*\nDefine `fr"):
         read(tmp_path, floats)
 
 

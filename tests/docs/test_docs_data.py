@@ -1,24 +1,17 @@
 """What docs/data.md gives to paste runs, and does what it says."""
 
-import pathlib
 import re
 
+import pages
 import pytest
 
 import mpl
 from mpl.launch.config import RunConfig
 
-PAGE = pathlib.Path(__file__).parents[2].joinpath("docs", "data.md").read_text("utf-8")
-
 
 @pytest.fixture(scope="module")
 def page():
-    names = {"__name__": "page"}
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    for block in blocks:
-        exec(compile(block, "docs/data.md", "exec"), names)
-    assert len(blocks) == 2
-    return names
+    return pages.names_of("data.md")
 
 
 def _run(experiment, folder, **settings):
@@ -53,8 +46,8 @@ def test_arrays_and_files(page, tmp_path, capsys):
 
 
 def test_what_the_page_names_exists():
-    for name in re.findall(r"`mpl\.(\w+)", PAGE):
+    for name in re.findall(r"`mpl\.(\w+)", pages.text_of("data.md")):
         assert hasattr(mpl, name), name
-    flags = set(re.findall(r"--(\w+)=", PAGE))
+    flags = set(re.findall(r"--(\w+)=", pages.text_of("data.md")))
     assert flags == {"data_dir", "max_bad_records"}
     assert all(hasattr(RunConfig, flag) for flag in flags)

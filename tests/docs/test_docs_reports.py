@@ -60,5 +60,5 @@ def test_policies_are_compared(folder):
         assert f"--policy={name}\n" in flags and "--seed=1\n" in flags
     # Rounding, not chance, parts runs of the same seed.
     assert found["policies"]["mixed_bfloat16"]["same_class_percent"]["mean"] > 90
-    assert "compute in float32 (float32), float32 (mixed_bfloat16)." in (
+    assert "compute in float32 (float32), mixed_bfloat16 (mixed_bfloat16)." in (
         folder / "policies" / "compare.md").read_text()
