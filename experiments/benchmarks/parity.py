@@ -5,8 +5,8 @@
 
 For each binary: trainings under each policy and seed by `mpl.tools.compare`; and where
 its loop is mpl's and its model one of Keras's, the same by `fit`, in turn with them.
-Flags after -- are the binaries'. Expected: the table in parity.md and parity.json. What was
-cut short goes on when it is started again. Exit code 1: a binary failed.
+Flags after -- are the binaries'. Expected: the table in parity.md and parity.json. What
+was cut short goes on when it is started again. Exit code 1: a binary failed.
 """
 
 import datetime
