@@ -1,0 +1,181 @@
+"""Trains the model of a binary by Keras's `fit`, which mpl is compared with.
+
+    python -m experiments.benchmarks.fit digits --policy=float32 --workdir=runs/fit
+
+The same model, data in the same order, loss, metrics, optimizer and evaluations as
+`python -m experiments.digits` with the same flags; no checkpoints and no log. Expected:
+fit.json in the folder, with the test's metric and the seconds of training.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import mpl
+from experiments.benchmarks import binaries
+from mpl import experiment_data
+from mpl.launch import flags
+from mpl.launch.config import merged
+from mpl.launch.intervals import intervals
+from mpl.precision import loss_scale
+
+FILE = "fit.json"
+_MOST_STEPS = 64  # of an execution: more gained nothing in the benchmark
+
+
+class Fit(keras.Model):
+    """A model that `fit` trains by the loss of an experiment.
+
+    Args:
+        experiment: with its `model`.
+    """
+
+    def __init__(self, experiment: mpl.Experiment):
+        super().__init__()
+        self.experiment, self.inner = experiment, experiment.model
+        self.mean_loss = keras.metrics.Mean()
+        self.own = dict(experiment.metrics())
+        self.built = True
+
+    def train_step(self, batch):
+        variables = self.inner.trainable_weights
+        with tf.GradientTape() as tape:
+            output = self.experiment.loss(batch, training=True)
+            weights = tf.reduce_sum(output.weights)
+            loss = tf.reduce_sum(output.per_example * output.weights) / weights
+            loss += sum(tf.cast(term, loss.dtype) for term in self.inner.losses)
+            scaled_loss = self.optimizer.scale_loss(loss)
+        self.optimizer.apply(tape.gradient(scaled_loss, variables), variables)
+        return self._results(output)
+
+    def test_step(self, batch):
+        return self._results(self.experiment.loss(batch, training=False))
+
+    def _results(self, output: mpl.LossOutput) -> dict[str, Any]:
+        self.mean_loss.update_state(output.per_example, output.weights)
+        for name, metric in self.own.items():
+            values = output.outputs
+            values = values[name] if isinstance(values, Mapping) else values
+            values = values if isinstance(values, (tuple, list)) else (values,)
+            metric.update_state(*values, sample_weight=output.weights)
+        named = {"loss": self.mean_loss, **self.own}
+        return {name: metric.result() for name, metric in named.items()}
+
+
+class Clock(keras.callbacks.Callback):
+    """Adds up the seconds of training: of tracing and steps, not of evaluation."""
+
+    secs, _began = 0.0, math.nan
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._began = time.perf_counter()
+
+    def on_test_begin(self, logs=None):
+        self._stop()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._stop()
+
+    def _stop(self) -> None:
+        if not math.isnan(self._began):
+            self.secs += time.perf_counter() - self._began
+        self._began = math.nan
+
+
+def why_not(kind: type[mpl.Experiment], config: mpl.RunConfig) -> str | None:
+    """Returns what `fit` cannot do of an experiment; None: nothing."""
+    if kind.train_step is not mpl.Experiment.train_step:
+        return "a loop of its own"
+    if config.accumulate_steps > 1 or config.ema_decay is not None:
+        return "micro-batches or averages"
+    return None
+
+
+def set_up(kind: type[mpl.Experiment], config: mpl.RunConfig) -> mpl.Experiment:
+    """Returns the experiment with its data and its model, as `setup` makes them."""
+    experiment = kind()
+    experiment.config, experiment.strategy = config, tf.distribute.get_strategy()
+    experiment.policy = mpl.get_policy(config.policy, kind.policy_overrides)
+    pipelines = experiment.pipelines = experiment_data.build_pipelines(experiment)
+    experiment.num_examples = {n: each.num_examples for n, each in pipelines.items()}
+    experiment.batches_per_epoch = pipelines["train"].batches_per_epoch
+    experiment.train_steps = experiment_data.resolve_train_steps(
+        config, experiment.batches_per_epoch)
+    keras.utils.set_random_seed(config.seed)
+    experiment.build()
+    return experiment
+
+
+def build_optimizer(experiment: mpl.Experiment) -> keras.optimizers.Optimizer:
+    """Returns the experiment's own optimizer with what mpl adds to it by its flags."""
+    config = experiment.config
+    optimizer = experiment.build_optimizer(config)
+    optimizer.global_clipnorm = config.clip_norm
+    if loss_scale.resolved(config.loss_scale, experiment.policy) == "dynamic":
+        return keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
+
+
+def train(experiment: mpl.Experiment, clock: Clock) -> Fit:
+    """Trains and evaluates as often as the experiment's flags say."""
+    model, pipelines = Fit(experiment), experiment.pipelines
+    total, validation = experiment.train_steps, pipelines.get("validation")
+    block = intervals(experiment.config, total, experiment.batches_per_epoch)[
+        "eval_every_steps"]
+    epochs, rest = divmod(total, block)
+    # An execution that is cut short would be traced anew.
+    whole = math.gcd(block, rest) if epochs else rest
+    steps = max(n for n in range(1, _MOST_STEPS + 1) if whole % n == 0)
+    model.compile(build_optimizer(experiment), steps_per_execution=steps,
+                  auto_scale_loss=False)
+    data, evaluation = pipelines["train"].dataset(), dict[str, Any]()
+    if validation is not None:
+        evaluation = {"validation_data": validation.dataset(),
+                      "validation_steps": validation.batches_per_epoch}
+    for count, length in ((epochs, block), (1, rest)):
+        if count and length:
+            model.fit(data, epochs=count, steps_per_epoch=length, verbose=0,
+                      callbacks=[clock], **evaluation)
+            data = pipelines["train"].dataset(epochs * block)
+    return model
+
+
+def run(kind: type[mpl.Experiment], config: mpl.RunConfig) -> dict[str, Any]:
+    """Trains and tests; returns what fit.json holds."""
+    if reason := why_not(kind, config):
+        return {"why_not": reason}
+    experiment = set_up(kind, config)
+    if not isinstance(experiment.model, keras.layers.Layer):
+        return {"why_not": "no Keras model"}
+    clock = Clock()
+    model = train(experiment, clock)
+    if (test := experiment.pipelines.get("test")) is not None:
+        model.evaluate(test.dataset(), steps=test.batches_per_epoch, verbose=0)
+    name = next(iter(model.own), "loss")
+    metric = model.own.get(name, model.mean_loss)
+    return {"metric": name, "final": float(metric.result()),
+            "training_secs": clock.secs}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the name of a binary and its flags, trains, and writes fit.json."""
+    kind, settings = binaries.launched(argv[1])
+    config_class = kind.Config or mpl.RunConfig
+    given = flags.parse(config_class, argv[1:], defaults=settings)
+    config = merged(config_class, settings, given)
+    folder = pathlib.Path(config.workdir or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(run(kind, config))
+    (folder / FILE).write_text(content + "\n", encoding="utf-8")
+    print(content)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

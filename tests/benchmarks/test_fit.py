@@ -1,0 +1,110 @@
+"""Keras's `fit` of a binary: the same model, data, loss and evaluations as mpl's."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import mpl
+from experiments import digits, gan_digits
+from experiments.benchmarks import binaries, fit
+
+SETTINGS = dict(policy="float32", hidden=8, global_batch_size=32, train_epochs=None,
+                train_steps=7, eval_every_steps=3, optimizer="sgd", learning_rate=0.1)
+
+
+class NoDropout(digits.Digits):
+    def build_model(self):
+        model = super().build_model()
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0.0
+        return model
+
+
+def by_mpl(config):
+    experiment = NoDropout()
+    experiment.setup(config, tf.distribute.OneDeviceStrategy("CPU:0"))
+    experiment.trainer.train(config.train_steps)
+    return experiment
+
+
+def test_what_a_binary_runs():
+    assert {"digits", "gan_digits"} <= set(binaries.names())
+    assert binaries.names() == sorted(binaries.names())
+    assert binaries.launched("digits") == (digits.Digits, {})
+    assert binaries.launched("gan_digits") == (
+        gan_digits.GanDigits, {"train_epochs": 60})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    {}, {"clip_norm": 0.5}, {"train_steps": 2}, {"lr_schedule": "constant"},
+    {"policy": "mixed_float16"}])
+def test_it_trains_as_mpl_does(settings):
+    config = digits.Config(**{**SETTINGS, **settings})
+    ours = by_mpl(config)
+    evaluations = ours.evaluators["test"].evaluate(-1)
+    experiment = fit.set_up(NoDropout, config)
+    assert experiment.train_steps == config.train_steps
+    clock = fit.Clock()
+    model = fit.train(experiment, clock)
+    assert int(model.optimizer.iterations) == config.train_steps
+    assert clock.secs > 0
+    rtol = 1e-3 if config.policy == "float32" else 0.05
+    pairs = zip(model.inner.get_weights(), ours.model.get_weights(), strict=True)
+    for theirs, own in pairs:
+        np.testing.assert_allclose(theirs, own, rtol=rtol, atol=rtol / 50)
+    test = experiment.pipelines["test"]
+    found = model.evaluate(test.dataset(), steps=test.batches_per_epoch, verbose=0,
+                           return_dict=True)
+    for name in ("loss", "accuracy"):
+        np.testing.assert_allclose(found[name], evaluations[name], rtol=max(rtol, 5e-3))
+
+
+def test_float16_is_scaled_and_the_gradient_clipped():
+    experiment = digits.Digits()
+    experiment.train_steps = 1
+    for policy, kind in (("mixed_float16", keras.optimizers.LossScaleOptimizer),
+                         ("mixed_bfloat16", keras.optimizers.Adam)):
+        experiment.config = digits.Config(policy=policy, clip_norm=2.0)
+        experiment.policy = mpl.get_policy(policy)
+        optimizer = fit.build_optimizer(experiment)
+        assert type(optimizer) is kind
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        assert inner.global_clipnorm == 2.0
+
+
+@pytest.mark.parametrize("kind, settings, reason", [
+    (gan_digits.GanDigits, {}, "a loop of its own"),
+    (digits.Digits, {"ema_decay": 0.9}, "micro-batches or averages"),
+    (digits.Digits, {"accumulate_steps": 2}, "micro-batches or averages"),
+    (digits.Digits, {}, None)])
+def test_what_fit_cannot_do(kind, settings, reason):
+    config = (kind.Config or mpl.RunConfig)(**settings)
+    assert fit.why_not(kind, config) == reason
+    if reason:
+        assert fit.run(kind, config) == {"why_not": reason}
+
+
+def test_a_model_that_is_not_keras_is_left_out():
+    class Wrapped(digits.Digits):
+        def build_model(self):
+            module = tf.Module()
+            module.inner = super().build_model()
+            return module
+
+    config = digits.Config(**SETTINGS)
+    assert fit.run(Wrapped, config) == {"why_not": "no Keras model"}
+
+
+@pytest.mark.slow
+def test_the_program_takes_the_flags_of_the_binary(tmp_path, capsys):
+    fit.main(["fit", "digits", f"--workdir={tmp_path}/run", "--policy=float32",
+              "--train_steps=4", "--hidden=8"])
+    content = json.loads((tmp_path / "run" / "fit.json").read_text())
+    assert content["metric"] == "accuracy" and 0 <= content["final"] <= 1
+    assert 0 < content["training_secs"] < 60
+    assert json.loads(capsys.readouterr().out) == content
