@@ -56,7 +56,6 @@ def test_a_split_that_is_not_there(folder):
         tfds_folder.load(str(folder), "validation")
 
 
-
 @pytest.mark.parametrize("damage", ["in a record", "between records", "no file"])
 def test_a_damaged_file_is_an_error(damage, folder):
     file = folder / "cifar10-train.tfrecord-00000-of-00001"
