@@ -1,5 +1,6 @@
 """mpl: explicit mixed-precision training loops for TensorFlow, without Keras fit."""
 
+from mpl import imports  # noqa: F401  (first: what comes after imports TensorFlow)
 from mpl.data import ArraySource, DataContext, DatasetSource, FileSource
 from mpl.errors import CheckpointError, ClusterError, ConfigError, NonFiniteError
 from mpl.experiment import Experiment
