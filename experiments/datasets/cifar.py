@@ -4,6 +4,7 @@
 `cifar-100-binary/train.bin` and `test.bin`. A record is a byte for each label (of
 CIFAR-100 the coarse one of 20, then the fine one of 100) and 3,072 bytes: the red, the
 green and the blue plane, row by row. The version for Python is pickled and not read.
+The sets of TensorFlow Datasets are: see tfds_folder.py.
 Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
@@ -15,7 +16,7 @@ import tensorflow as tf
 from absl import logging
 
 import mpl
-from experiments.datasets import digits
+from experiments.datasets import digits, tfds_folder
 
 _IMAGE_BYTES = 3 * 32 * 32
 _REMEDY = "Copy or download it again, in the binary version."
@@ -86,9 +87,13 @@ def load(
     if split == "validation" and not holds_out:
         return None
     part, layout = "test" if split == "test" else "train", SETS[name]
-    paths = _find(data_dir, layout, getattr(layout, part))
-    images, labels = zip(*(read(path, name) for path in paths))
-    image, label = np.concatenate(images), np.concatenate(labels)
+    if prepared := tfds_folder.find(data_dir, name):
+        image, label = tfds_folder.load_images(
+            prepared, part, (32, 32, 3), layout.num_classes)
+    else:
+        paths = _find(data_dir, layout, getattr(layout, part))
+        images, labels = zip(*(read(path, name) for path in paths))
+        image, label = np.concatenate(images), np.concatenate(labels)
     if len(label) != _NUM_IMAGES[part]:
         logging.warning("%s holds %d images of %s, and %s has %d", data_dir, len(label),
                         part, name, _NUM_IMAGES[part])

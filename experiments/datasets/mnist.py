@@ -1,10 +1,11 @@
 """MNIST, and sets in its layout such as Fashion-MNIST: 28×28 grey images, ten classes.
 
-Two layouts are read, the first that a folder holds:
+Three layouts are read, the first that a folder holds:
 
 - the four IDX files, `train-images-idx3-ubyte` and so on, plain or as `.gz`: big-endian
   int32 magic number (2051 for images, 2049 for labels) and sizes, then bytes;
-- `mnist.npz`, as Keras has it: `x_train`, `y_train`, `x_test`, `y_test`.
+- `mnist.npz`, as Keras has it: `x_train`, `y_train`, `x_test`, `y_test`;
+- `mnist` or `fashion_mnist` of TensorFlow Datasets, see tfds_folder.py.
 
 The last twelfth of the training images, of MNIST's 60,000 the last 5,000, is the
 validation split. Source: LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist
@@ -22,7 +23,7 @@ import tensorflow as tf
 from absl import logging
 
 import mpl
-from experiments.datasets import digits
+from experiments.datasets import digits, tfds_folder
 
 NUM_CLASSES = 10
 _SIZE = (28, 28)
@@ -79,10 +80,14 @@ def _read(folder: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     elif arrays := _find(folder, "mnist.npz"):
         image, label = _read_npz(arrays, part)
         place = f"y_{part} of {arrays}"
+    elif prepared := tfds_folder.find(folder, "mnist", "fashion_mnist"):
+        image, label = tfds_folder.load_images(
+            prepared, part, (*_SIZE, 1), NUM_CLASSES)
+        return image[..., 0], label
     else:
         raise mpl.ConfigError(
             f"`data_dir` ({folder}) holds neither {names[0]} and {names[1]} (or .gz) "
-            "nor mnist.npz.",
+            "nor mnist.npz nor a folder of TensorFlow Datasets.",
             "Put MNIST there, or leave --data_dir out for the embedded digits.")
     _check(len(image) == len(label), f"{folder} has {len(image)} images and "
            f"{len(label)} labels of {part}, and must have as many of both.")
