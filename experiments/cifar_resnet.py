@@ -33,7 +33,7 @@ from experiments.models.resnet import resnet
 class Config(mpl.RunConfig):
     """Flags of this experiment, and its own defaults."""
 
-    train_epochs = 20
+    train_epochs = 10
     global_batch_size = 128
     optimizer = "sgd"
     learning_rate = 0.1

@@ -20,12 +20,13 @@ layers = keras.layers
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mpl.RunConfig):
+class Config(mnist_cnn.Config):
     """Flags of this experiment, and its own defaults."""
 
     policy = "mixed_bfloat16"
     train_epochs = 10
     global_batch_size = 128
+    lr_schedule = "constant"
     hidden: int | str = mpl.option(
         128, "Units of the hidden layers: a number for all, or as many numbers as "
         "there are layers: 128,512,1024.", minimum=1)
