@@ -3,8 +3,9 @@
     python -m experiments.mnist_mlp --data_dir=mnist --hidden=512 --layers=3
 
 The folder is that of experiments/mnist_cnn.py; without it embedded digits, enlarged,
-are learned. Loss and accuracy of training and test images after each of 10 epochs,
-beside those of float32, as a table and a picture:
+are learned in seconds, with a test accuracy of about 0.96. Loss and accuracy of
+training and test images after each of 10 epochs, beside those of float32, as a table
+and a picture:
 
     python -m experiments.benchmarks.epochs --data_dir=mnist
 """

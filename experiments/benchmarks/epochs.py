@@ -66,16 +66,18 @@ def markdown(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
 def picture(title: str, rows: dict[str, list[dict[str, float]]]) -> bytes:
     """Returns a PNG of the losses and the accuracies."""
     drawn, panels = plots.figure(title, 2)
-    colors = {policy: {"color": f"C{i % 10}"} for i, policy in enumerate(rows)}
+    # The first is the widest: lines that coincide are all seen.
+    lines = {policy: {"color": f"C{i % 10}", "linewidth": 2 * (len(rows) - i)}
+             for i, policy in enumerate(rows)}
     for panel, name in zip(panels, ("loss", "accuracy")):
         for policy, of_policy in rows.items():
             epochs = [row["epoch"] for row in of_policy]
             for split, style in _STYLES.items():
                 values = [row[f"{split} {name}"] for row in of_policy]
-                panel.plot(epochs, values, **colors[policy], **style)
+                panel.plot(epochs, values, **lines[policy], **style)
         panel.set(title=name, xlabel="epoch", ylabel=name)
     styles = {split: {"color": "#555555", **style} for split, style in _STYLES.items()}
-    plots.legend(drawn, [*colors.items(), *styles.items()])
+    plots.legend(drawn, [*lines.items(), *styles.items()])
     return plots.png(drawn)
 
 
