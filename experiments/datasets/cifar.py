@@ -141,8 +141,9 @@ def _find(data_dir: str, layout: Layout, names: tuple[str, ...]) -> list[str]:
                         if not tf.io.gfile.exists(path)])
         if not lacking[-1]:
             return paths
+    missing = min(lacking, key=len)
     raise mpl.ConfigError(
-        f"`data_dir` ({data_dir}) lacks {', '.join(min(lacking, key=len))}, in itself "
-        f"or in {layout.folder}.",
+        f"`data_dir` ({data_dir}) lacks {', '.join(missing)}, in itself or in "
+        f"{layout.folder}.",
         "Unpack the binary version there, or leave --data_dir out for the embedded "
         "digits.")
