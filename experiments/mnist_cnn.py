@@ -8,7 +8,8 @@ Without --data_dir:
 
     python -m experiments.mnist_cnn --train_epochs=30
 
-on the embedded digits, enlarged.
+on the embedded digits, enlarged: half a minute on 2 CPU cores, expected test accuracy
+about 0.99 in any policy.
 Source of the model: https://www.tensorflow.org/tutorials/images/cnn
 """
 

@@ -3,8 +3,9 @@
     python -m experiments.mnist_mlp --data_dir=mnist --hidden=512 --layers=3
 
 The folder is that of experiments/mnist_cnn.py; without it embedded digits, enlarged,
-are learned. Loss and accuracy of training and test images after each of 10 epochs,
-beside those of float32, as a table and a picture:
+are learned in seconds, with a test accuracy of about 0.96. Loss and accuracy of
+training and test images after each of 10 epochs, beside those of float32, as a table
+and a picture:
 
     python -m experiments.benchmarks.epochs --data_dir=mnist
 """
@@ -20,12 +21,13 @@ layers = keras.layers
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mpl.RunConfig):
+class Config(mnist_cnn.Config):
     """Flags of this experiment, and its own defaults."""
 
     policy = "mixed_bfloat16"
     train_epochs = 10
     global_batch_size = 128
+    lr_schedule = "constant"
     hidden: int | str = mpl.option(
         128, "Units of the hidden layers: a number for all, or as many numbers as "
         "there are layers: 128,512,1024.", minimum=1)

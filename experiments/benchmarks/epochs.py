@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import mpl
 from experiments.mnist_mlp import Config, MnistMlp
 from mpl import distribute
 from mpl.tools import page, plots
@@ -31,13 +32,13 @@ class BothSplits(MnistMlp):
         return super().build_data("train" if split == "validation" else split, context)
 
 
-def rows_of(config: Config) -> tuple[list[dict[str, float]], dict[str, int]]:
+def rows_of(config: mpl.RunConfig) -> tuple[list[dict[str, float]], dict[str, int]]:
     """Trains by these settings.
 
     Returns:
         `epoch` and the figures after each; the number of images of each split.
     """
-    experiment = BothSplits()
+    experiment: Any = BothSplits()
     experiment.setup(config, distribute.get_strategy("one_device"))
     rows = []
     for epoch in range(1, (config.train_epochs or 1) + 1):
@@ -65,16 +66,18 @@ def markdown(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
 def picture(title: str, rows: dict[str, list[dict[str, float]]]) -> bytes:
     """Returns a PNG of the losses and the accuracies."""
     drawn, panels = plots.figure(title, 2)
-    colors = {policy: {"color": f"C{i % 10}"} for i, policy in enumerate(rows)}
+    # The first is the widest: lines that coincide are all seen.
+    lines = {policy: {"color": f"C{i % 10}", "linewidth": 2 * (len(rows) - i)}
+             for i, policy in enumerate(rows)}
     for panel, name in zip(panels, ("loss", "accuracy")):
         for policy, of_policy in rows.items():
             epochs = [row["epoch"] for row in of_policy]
             for split, style in _STYLES.items():
                 values = [row[f"{split} {name}"] for row in of_policy]
-                panel.plot(epochs, values, **colors[policy], **style)
+                panel.plot(epochs, values, **lines[policy], **style)
         panel.set(title=name, xlabel="epoch", ylabel=name)
     styles = {split: {"color": "#555555", **style} for split, style in _STYLES.items()}
-    plots.legend(drawn, [*colors.items(), *styles.items()])
+    plots.legend(drawn, [*lines.items(), *styles.items()])
     return plots.png(drawn)
 
 
@@ -87,9 +90,9 @@ def write(out: str, policies: Sequence[str], **settings: Any) -> None:
     plots.check()
     configs = [Config(policy=policy, **settings) for policy in policies]
     rows = {}
-    for config in configs:
-        rows[config.policy], num_examples = rows_of(config)
-        print(f"{config.policy}: done", flush=True)
+    for policy, config in zip(policies, configs):
+        rows[policy], num_examples = rows_of(config)
+        print(f"{policy}: done", flush=True)
     units = "-".join(map(str, [784, *configs[0].units, 10]))
     images = settings["data_dir"] or "the embedded digits, enlarged"
     title = (f"{units} on {images}: {num_examples['train']:,} training and "

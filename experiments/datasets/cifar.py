@@ -139,14 +139,16 @@ def read(path: str, name: str = "cifar10") -> tuple[np.ndarray, np.ndarray]:
 
 def _find(data_dir: str, layout: Layout, names: tuple[str, ...]) -> list[str]:
     """Returns the paths of files, in the set's folder or in `data_dir` itself."""
-    places = os.path.join(data_dir, layout.folder), data_dir
-    for place in places:
+    lacking = []
+    for place in (os.path.join(data_dir, layout.folder), data_dir):
         paths = [os.path.join(place, name) for name in names]
-        missing = [path for path in paths if not tf.io.gfile.exists(path)]
-        if not missing:
+        lacking.append([name for name, path in zip(names, paths)
+                        if not tf.io.gfile.exists(path)])
+        if not lacking[-1]:
             return paths
+    missing = min(lacking, key=len)
     raise mpl.ConfigError(
-        f"`data_dir` ({data_dir}) lacks {names[0]} or another of {len(names)} files, "
-        f"in itself and in {layout.folder}.",
+        f"`data_dir` ({data_dir}) lacks {', '.join(missing)}, in itself or in "
+        f"{layout.folder}.",
         "Unpack the binary version there, or leave --data_dir out for the embedded "
         "digits.")

@@ -83,8 +83,8 @@ def test_fewer_images_than_there_are_is_a_warning(tmp_path, caplog):
     ("cifar10", "data_batch_3.bin", lambda c: b"", "within record 0, 0 bytes after by"),
     ("cifar10", "data_batch_5.bin", lambda c: c[:3073] + b"\x0a" + c[3074:],
      r"data_batch_5.bin has the label 10 in record 1 \(byte 3073\), and .* 0 to 9"),
-    ("cifar10", "data_batch_2.bin", None, "lacks data_batch_1.bin or another of 5 files"
-     ", in itself and in cifar-10-batches-bin.\nUnpack the binary"),
+    ("cifar10", "data_batch_2.bin", None, r"lacks data_batch_2.bin, in itself or in "
+     r"cifar-10-batches-bin\.\nUnpack the binary"),
     ("cifar100", "train.bin", lambda c: b"\x14" + c[1:],
      r"coarse label 20 in record 0 \(byte 0\), and must have 0 to 19"),
     ("cifar100", "train.bin", lambda c: c[:1] + b"\x64" + c[2:],

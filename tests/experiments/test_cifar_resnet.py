@@ -137,8 +137,9 @@ def test_resume_export_predict(folder, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_digits(tmp_path):
-    results = run(CifarResnet, tmp_path, depth=8, train_epochs=6, policy="float32")
-    assert results["test"]["accuracy"] > 0.8
+    results = run(CifarResnet, tmp_path, depth=8, global_batch_size=32, train_epochs=4,
+                  policy="float32")
+    assert results["test"]["accuracy"] > 0.8  # three seeds: 0.90 to 0.91
 
 
 @pytest.mark.slow

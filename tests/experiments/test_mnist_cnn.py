@@ -62,7 +62,7 @@ def test_resume_export_predict(folder, tmp_path):
 @pytest.mark.slow
 def test_it_learns_digits(tmp_path):
     results = run(MnistCnn, tmp_path, train_epochs=8, policy="float32", mode="all")
-    assert results["test"]["accuracy"] > 0.95
+    assert results["test"]["accuracy"] > 0.93  # three seeds: 0.967 to 0.969
     label = digits.load("test")["label"]
     got = np.mean(predictions(tmp_path).argmax(1) == label)
     assert got == pytest.approx(results["test"]["accuracy"])

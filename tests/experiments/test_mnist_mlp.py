@@ -76,4 +76,4 @@ def test_resume_export_predict(folder, tmp_path):
 def test_it_learns_digits_in_bfloat16(tmp_path):
     results = run(MnistMlp, tmp_path, layers=2)
     assert "--policy=mixed_bfloat16\n" in (tmp_path / "flagfile.txt").read_text()
-    assert results["test"]["accuracy"] > 0.9
+    assert results["test"]["accuracy"] > 0.9  # three seeds: 0.969 to 0.981
