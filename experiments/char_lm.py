@@ -113,7 +113,9 @@ class CharLm(mpl.Experiment):
         given, wanted = self.given(batch), tf.cast(batch["text"][:, 1:], tf.int32)
         logits = tf.cast(self.model(given, training=training), tf.float32)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(wanted, logits)
-        weights = batch["weight"][:, tf.newaxis] * tf.cast(wanted != 0, tf.float32)
+        # A window weighs 1, not its bytes each: float16 holds no sums of all of them.
+        share = tf.cast(wanted != 0, tf.float32) / self.config.length
+        weights = batch["weight"][:, tf.newaxis] * share
         # A character's other bytes in UTF-8 are 10xxxxxx.
         begins = tf.cast(wanted // 64 != 0b10, tf.float32)
         return mpl.LossOutput(losses, weights, (losses, begins))

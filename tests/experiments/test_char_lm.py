@@ -185,7 +185,7 @@ def test_bits_are_those_of_characters(data_dir, strategy_of):
     chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = [-chances[0, place, rows[0, place + 1]] for place in range(3)]
     np.testing.assert_allclose(output.per_example[0, :3], want, rtol=1e-5)
-    assert output.weights.numpy().tolist() == [[1.0] * 3 + [0.0] * 13, [0.0] * 16]
+    assert output.weights.numpy().tolist() == [[1 / 16] * 3 + [0.0] * 13, [0.0] * 16]
     assert output.outputs[1][0, :3].numpy().tolist() == [1.0, 0.0, 1.0]
 
 
