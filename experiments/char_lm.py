@@ -1,7 +1,7 @@
 """A language model of characters: a transformer on plain TensorFlow, or LSTM layers.
 
     python -m experiments.char_lm
-    python -m experiments.char_lm --model=lstm --depth=2 --width=256
+    python -m experiments.char_lm --model=lstm
     python -m experiments.char_lm --data_dir=FOLDER_OF_TXT_FILES
     python -m experiments.char_lm --mode=predict --input=prompts.txt
 
@@ -38,20 +38,22 @@ VOCABULARY = 256  # bytes
 class Config(mpl.RunConfig):
     """Flags of this experiment, and its own defaults."""
 
-    global_batch_size = 32
-    train_epochs = 12
+    global_batch_size = 16
+    train_epochs = 5
     optimizer = "adamw"
-    learning_rate = 2e-3
+    learning_rate = 0.01
     lr_schedule = "cosine"
-    weight_decay = 0.1
+    warmup_steps = 100
+    weight_decay = 0.01
     clip_norm = 1.0
     model: str = mpl.option(
         "gpt", "A causal transformer, or LSTM layers.", choices=("gpt", "lstm"))
-    length: int = mpl.option(128, "Bytes of a window.", minimum=1)
-    depth: int = mpl.option(4, "Blocks, or LSTM layers.", minimum=1)
+    length: int = mpl.option(64, "Bytes of a window.", minimum=1)
+    depth: int = mpl.option(
+        0, "Blocks, or LSTM layers; 0: 2 blocks, or 1 layer.", minimum=0)
     width: int = mpl.option(128, "Of the activations.", minimum=1)
     heads: int = mpl.option(4, "Attention heads; divide the width.", minimum=1)
-    dropout: float = mpl.option(0.1, "Share left out in training.", minimum=0, below=1)
+    dropout: float = mpl.option(0.0, "Share left out in training.", minimum=0, below=1)
     sample_chars: int = mpl.option(
         200, "Bytes to write after each prompt.", minimum=1, math=False)
     temperature: float = mpl.option(
@@ -92,14 +94,15 @@ class CharLm(mpl.Experiment):
 
     def build_model(self):
         config = self.config
+        depth = config.depth or {"gpt": 2, "lstm": 1}[config.model]
         if config.model == "gpt":
             return Gpt(
-                vocabulary=VOCABULARY, length=config.length, depth=config.depth,
+                vocabulary=VOCABULARY, length=config.length, depth=depth,
                 width=config.width, num_heads=config.heads, dropout=config.dropout,
                 policy=self.policy)
         inputs = keras.Input((config.length,), dtype="int32")
         x = keras.ops.one_hot(inputs, VOCABULARY)
-        for _ in range(config.depth):
+        for _ in range(depth):
             x = keras.layers.LSTM(config.width, return_sequences=True)(x)
             x = keras.layers.Dropout(config.dropout)(x)
         return keras.Model(inputs, keras.layers.Dense(VOCABULARY, dtype="float32")(x))
