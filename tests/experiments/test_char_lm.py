@@ -16,7 +16,7 @@ from mpl.record.checkpoint import Checkpoints
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 KINDS = ("gpt", "lstm")
 SMALL = dict(length=16, depth=1, width=16, heads=2, global_batch_size=8, train_steps=4,
-             sample_chars=12, train_epochs=None)
+             sample_chars=12, train_epochs=None, warmup_steps=0)
 
 
 def prepared(strategy, **settings):
