@@ -6,7 +6,7 @@ r"""Does input hold training up? Images per second of reading, of training, of b
 
 Trains `experiments.imagenet_resnet` on random pixels in memory, then on records.
 Without --data_dir the records are written first, in ImageNet's form and of its size:
-JPEGs of some 500×375 pixels and 110 KB. Expected: not run here.
+JPEGs of some 500×375 pixels and 110 to 140 KB. What came out is in BUILD_NOTES.md.
 """
 
 import functools
@@ -29,6 +29,7 @@ FILES, PER_FILE = 16, 64
 _PICTURES = 64  # different ones
 _SHAPES = ((375, 500), (500, 375), (333, 500), (480, 640))
 _NOISE, _QUALITY = 14, 95
+_TURNS = 3
 _HELD_UP = 0.95  # of the speed without input, from which nobody waits
 
 
@@ -42,7 +43,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("width", 64, "Filters of its first layer.", 1, None, values)
     flags.DEFINE_integer("image_size", 224, "Pixels.", 32, None, values)
     flags.DEFINE_integer("batch_size", 64, "Images in a step.", 1, None, values)
-    flags.DEFINE_float("secs", 20.0, "Time for each figure.", 0.1, None, values)
+    flags.DEFINE_float("secs", 20.0, "Time for a figure.", 0.1, None, values)
     flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA.", values)
 
 
@@ -106,10 +107,13 @@ def measure(config: Config, data_dir: str, secs: float) -> dict[str, float]:
         return step
 
     with_records = prepared(data_dir=data_dir)
-    rates = {"training": rate_of(train(prepared(synthetic=True)))}
-    rates["input"] = rate_of(
-        functools.partial(next, iter(with_records.pipelines["train"].dataset())))
-    rates["both"] = rate_of(train(with_records))
+    alone, both = train(prepared(synthetic=True)), train(with_records)
+    batches = iter(with_records.pipelines["train"].dataset())
+    rates = {"input": rate_of(functools.partial(next, batches))}
+    del batches  # it reads ahead
+    # In turn, and the best of each: other work on the machine comes and goes.
+    turns = [(rate_of(alone), rate_of(both)) for _ in range(_TURNS)]
+    rates["training"], rates["both"] = map(max, zip(*turns, strict=True))
     return rates
 
 

@@ -31,15 +31,13 @@ _MARGIN = 32  # pixels around the middle of an image that evaluation leaves out
 class Images(mpl.FileSource):
     """`image`, uint8 `[size, size, 3]`, and `label`, int32, 0 to 999.
 
-    Where the pipeline shuffles, an image is a random part of the picture, 8 to 100 % of
-    its area and 3:4 to 4:3 in shape, half of them mirrored: drawn anew in each epoch,
-    from the run's seed and the example's place in the epoch. Else it is the middle of
-    the picture.
-
     Args:
         files: paths.
         size: of the images, in pixels.
-        max_bad_records: as of `mpl.FileSource`; above 0 each image is decoded twice.
+        training: whether an image is a random part of its picture, 8 to 100 % of the
+            area and 3:4 to 4:3 in shape, half of them mirrored, drawn anew in each
+            epoch; else it is the middle.
+        max_bad_records: as of `mpl.FileSource`; above 0 all images are decoded first.
 
     Raises:
         ConfigError: a file ends inside a record; as of `mpl.FileSource`.
@@ -47,47 +45,27 @@ class Images(mpl.FileSource):
     Source: Szegedy et al. 2014, section 6, https://arxiv.org/abs/1409.4842
     """
 
-    def __init__(self, files: list[str], size: int, max_bad_records: int = 0):
-        self._size = size
+    def __init__(
+        self, files: list[str], size: int, *, training: bool, max_bad_records: int = 0
+    ):
+        def image(record: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, Any]:
+            encoded = record["encoded"]
+            part = random_part(encoded, size, seed) if training else middle(
+                encoded, size)
+            return {"image": part, "label": record["label"]}
+
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
             counts = None if max_bad_records else list(threads.map(count, files))
         super().__init__(
-            files, self.decodable if max_bad_records else records,
-            examples_per_file=counts, shuffle_buffer=_SHUFFLED,
-            max_bad_records=max_bad_records)
-
-    def decodable(self, path: tf.Tensor) -> tf.data.Dataset:
-        """Makes a dataset of a file's records, where one fails if its image does."""
-
-        def add_image(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            return {**record, "image": middle(record["encoded"], self._size)}
-
-        return records(path).map(add_image, tf.data.AUTOTUNE)
+            files, decodable if max_bad_records else records, examples_per_file=counts,
+            shuffle_buffer=_SHUFFLED, max_bad_records=max_bad_records, transform=image)
 
     def find_fault(self, check: Any) -> None:
-        """Reads and decodes all images; raises ConfigError for the first bad one."""
-        if self.max_bad_records:  # what it leaves out is bad
+        """Decodes all images whole: a bad part may lie outside of those drawn."""
+        if self.max_bad_records:  # what is bad has been left out
             super().find_fault(check)
         else:
-            mpl.FileSource(self.files, self.decodable)  # reads all, to count them
-
-    def stream(
-        self, number: tf.Tensor, streams: int, length: int, skip: tf.Tensor, key: Any
-    ) -> tf.data.Dataset:
-        """What one stream reads in one epoch, decoded (see `mpl.FileSource.stream`)."""
-
-        def decode(place: tf.Tensor, element: Any) -> Any:
-            goes_on, (record, real) = element
-            if key is None:
-                image = middle(record["encoded"], self._size)
-            else:
-                fold_in = tf.random.experimental.stateless_fold_in
-                seed = fold_in(fold_in(key, number), place)
-                image = random_part(record["encoded"], self._size, seed)
-            return goes_on, ({"image": image, "label": record["label"]}, real)
-
-        elements = super().stream(number, streams, length, skip, key)
-        return elements.enumerate(skip).map(decode, tf.data.AUTOTUNE)
+            mpl.FileSource(self.files, decodable)  # reads all, to count them
 
 
 def load(
@@ -115,7 +93,8 @@ def load(
             "Download ILSVRC2012 from https://image-net.org, make TFRecords of it (see "
             "experiments/datasets/imagenet.py) and set --data_dir; for speed alone "
             "--synthetic.")
-    return Images(files, size, max_bad_records)
+    return Images(
+        files, size, training=split == "train", max_bad_records=max_bad_records)
 
 
 def synthetic(number: int, size: int) -> dict[str, np.ndarray]:
@@ -154,6 +133,17 @@ def records(path: tf.Tensor) -> tf.data.Dataset:
     return tf.data.TFRecordDataset(path).map(_parse)
 
 
+def decodable(path: tf.Tensor) -> tf.data.Dataset:
+    """Makes a dataset of a file's records, of which one fails if its image does."""
+
+    def add_pixel(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        whole = tf.concat([[0, 0], tf.io.extract_jpeg_shape(record["encoded"])[:2]], 0)
+        image = tf.io.decode_and_crop_jpeg(record["encoded"], whole, channels=3)
+        return {**record, "pixel": image[-1, -1]}  # what is not used is not decoded
+
+    return records(path).map(add_pixel, tf.data.AUTOTUNE)
+
+
 def _parse(record: tf.Tensor) -> dict[str, tf.Tensor]:
     parts = tf.io.parse_single_example(record, {
         "image/encoded": tf.io.FixedLenFeature([], tf.string),
@@ -174,7 +164,9 @@ def random_part(encoded: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:
         tf.io.extract_jpeg_shape(encoded), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed,
         min_object_covered=0.0, area_range=(0.08, 1), aspect_ratio_range=(3 / 4, 4 / 3))
     image = _cropped(encoded, tf.concat([begin[:2], extent[:2]], 0), size)
-    return tf.image.stateless_random_flip_left_right(image, seed)
+    # The same seed would tell from a part's shape whether it is mirrored.
+    mirror = tf.random.experimental.stateless_fold_in(seed, 1)
+    return tf.image.stateless_random_flip_left_right(image, mirror)
 
 
 def middle(encoded: tf.Tensor, size: int) -> tf.Tensor:

@@ -33,7 +33,7 @@ SMALL = {
     "Linear": {"learning_rate": 1e-3},
     "ImagenetResnet": {"synthetic": True, "depth": "14", "width": 4, "image_size": 32,
                        "learning_rate": 1e-3},
-    "CharLm": {"depth": 1, "width": 32, "length": 32},
+    "CharLm": {"depth": 1, "width": 32, "length": 32, "warmup_steps": 0},
 }
 
 

@@ -67,7 +67,7 @@ def test_the_middle_is_cut_out():
 
 
 def test_a_random_part_has_the_area_and_the_shape_of_the_source():
-    picture, mirrored, areas = coordinates(), 0, []
+    picture, mirrored, areas, shapes = coordinates(), [], [], []
     for number in range(200):
         image = imagenet.random_part(picture, SIZE, tf.constant([7, number]))
         assert image.shape == (SIZE, SIZE, 3) and image.dtype == tf.uint8
@@ -76,9 +76,12 @@ def test_a_random_part_has_the_area_and_the_shape_of_the_source():
         width, height = (each * SIZE / (SIZE - 1) for each in (abs(across), down))
         assert 0.7 < width / height < 1.43
         areas.append(width * height / 256**2)
-        mirrored += across < 0
+        shapes.append(width / height)
+        mirrored.append(across < 0)
     assert 0.06 < min(areas) < 0.15 and max(areas) > 0.85
-    assert 70 <= mirrored <= 130
+    assert 70 <= sum(mirrored) <= 130
+    for of_part in (areas, shapes):  # 0 but for a standard deviation of 0.07
+        assert abs(np.corrcoef(of_part, mirrored)[0, 1]) < 0.25
 
 
 def test_a_seed_is_a_part():
@@ -164,12 +167,12 @@ def test_what_is_no_record_is_named(tmp_path):
         imagenet.load("train", str(tmp_path), SIZE)
 
 
-def bad_at(tmp_path, record):
-    """Returns the source of two files, with a bad record as the third of the second."""
+def bad_at(tmp_path, record, split="train"):
+    """Writes two files, with a bad record as the third of the second."""
     files = [[imagenet_records.record(imagenet_records.grey(20), 1) for _ in range(4)]
              for _ in range(2)]
     files[1][2] = record
-    imagenet_records.write(tmp_path, "train", files)
+    imagenet_records.write(tmp_path, split, files)
     return str(tmp_path)
 
 
@@ -213,6 +216,18 @@ def test_a_bad_record_is_left_out_on_request(kind, tmp_path):
     batches = read(once(source))
     assert together(batches, "weight").sum() == 7
     assert (together(batches, "image") == 20).all()
+
+
+@pytest.mark.slow
+def test_an_image_cut_below_the_part_that_is_read_is_bad(tmp_path):
+    data_dir = bad_at(tmp_path, imagenet_records.record(noise()[:-60], 1), "validation")
+    source = imagenet.load("validation", data_dir, SIZE)
+    assert len(read(once(source))) == 2  # the middle is whole
+    with pytest.raises(mpl.ConfigError, match="00001-of-00128 cannot be read after 2"):
+        source.find_fault(None)
+    source = imagenet.load("validation", data_dir, SIZE, max_bad_records=1)
+    assert source.num_examples == 7
+    source.find_fault(lambda batch: batch)  # and is not read again
 
 
 def test_synthetic_pixels_have_the_form_of_the_data():
