@@ -41,8 +41,9 @@ OWN = {
 class Config(mpl.RunConfig):
     """Flags of this experiment, and its own defaults."""
 
-    train_epochs = 30
+    train_epochs = 4
     global_batch_size = 64
+    learning_rate = 3e-3
     lr_schedule = "cosine"
     dataset: str | None = mpl.option(
         None, "synthetic, synthetic_3d, breast_cancer, or the name of an .npz file in "
@@ -57,7 +58,7 @@ class Config(mpl.RunConfig):
         0.9, "Share of the healthy that must be told as such, at which the metric "
         "`sensitivity` is the share of the ill that are found.", above=0, below=1,
         math=False)
-    filters: int = mpl.option(16, "Filters of the first convolution.", minimum=1)
+    filters: int = mpl.option(8, "Filters of the first convolution.", minimum=1)
 
     def validate(self):
         super().validate()
