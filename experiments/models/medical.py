@@ -27,7 +27,7 @@ def cnn(shape: tuple[int, ...], num_outputs: int, filters: int) -> keras.Model:
     for factor in (1, 2, 4):
         stack += [  # pooled first: less is left to normalise
             convolution(factor * filters, 3, padding="same", use_bias=False),
-            pooling(2), layers.BatchNormalization(), layers.ReLU()]
+            pooling(2), layers.BatchNormalization(momentum=0.9), layers.ReLU()]
     head = [average(), layers.Dense(4 * filters, activation="relu"),
             layers.Dropout(0.2), layers.Dense(num_outputs, dtype="float32")]
     return keras.Sequential(stack + head)
