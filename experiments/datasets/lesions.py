@@ -8,12 +8,12 @@ Where it lies, how bright the rest is and what noise lies over it mean nothing.
 
 import numpy as np
 
-INTERCEPT, RADIUS_EFFECT, CONTRAST_EFFECT = -1.5, 1.5, 2.0
+INTERCEPT, RADIUS_EFFECT, CONTRAST_EFFECT = -1.0, 1.5, 1.5
 SIZE = 28
-_RADIUS, _CONTRAST = (2.0, 5.0), (0.1, 0.7)  # in pixels; of the range of grey
+_RADIUS, _CONTRAST = (2.0, 5.0), (0.25, 0.7)  # in pixels; of the range of grey
 _CENTRE, _GROUND, _NOISE = (8.0, 20.0), (0.05, 0.2), 0.05
 _SEEDS = {"train": 1, "validation": 2, "test": 3}
-NUM_EXAMPLES = {2: {"train": 3000, "validation": 500, "test": 1000},
+NUM_EXAMPLES = {2: {"train": 16_000, "validation": 1000, "test": 1000},
                 3: {"train": 600, "validation": 100, "test": 200}}
 
 
@@ -30,20 +30,22 @@ def load(split: str, rank: int = 2) -> dict[str, np.ndarray]:
     """
     radius, contrast, label, random = _draw(split, rank)
     count = len(label)
-    centre = random.uniform(*_CENTRE, (rank, count)).astype(np.float32)
+    centre = random.uniform(*_CENTRE, (rank, count))
     ground = random.uniform(*_GROUND, count)
-    # What a lesion adds is a product of as many curves as there are directions.
-    pixels = np.arange(SIZE, dtype=np.float32)
-    curves = [
-        np.exp(-((pixels - each[:, np.newaxis]) / radius[:, np.newaxis]) ** 2 / 2)
-        for each in centre]
-    image = contrast.reshape([-1, *[1] * rank])
-    for axis, curve in enumerate(curves):
+
+    def along(values: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Returns values `[count]` or `[count, SIZE]` as one direction of images."""
         shape = [count, *[1] * rank]
-        shape[1 + axis] = SIZE
-        image = image * curve.reshape(shape)
-    image = image + ground.reshape([-1, *[1] * rank])
-    image += _NOISE * random.standard_normal(image.shape)
+        shape[1 + axis] = -1
+        return values.reshape(shape).astype(np.float32)
+
+    # What a lesion adds is a product of as many curves as there are directions.
+    image = along(contrast)
+    for axis, each in enumerate(centre):
+        distance = (np.arange(SIZE) - each[:, np.newaxis]) / radius[:, np.newaxis]
+        image = image * along(np.exp(-distance**2 / 2), axis)
+    image += along(ground)
+    image += _NOISE * random.standard_normal(image.shape).astype(np.float32)
     image = (255 * np.clip(image, 0, 1)).round().astype(np.uint8)
     return {"image": image[..., np.newaxis], "label": label[:, np.newaxis]}
 

@@ -121,23 +121,17 @@ def _broken_rule(fields: list[str]) -> str | None:
     return None
 
 
-def split(ratings: Ratings, name: str) -> Ratings | None:
-    """Returns 80 % of the ratings, drawn at random, for "train", else 10 %.
-
-    Args:
-        ratings: all of them.
-        name: "train", "validation" or "test".
-
-    Returns:
-        The part; None: too few ratings for it.
+def split(ratings: Ratings) -> dict[str, Ratings]:
+    """Returns 80 % of the ratings, drawn at random, as "train", and 10 % each as
+    "validation" and "test"; of too few ratings without the one or the other.
     """
     count = len(ratings["rating"])
     # RandomState, because NumPy promises that its numbers never change.
     order = np.random.RandomState(_SPLIT_SEED).permutation(count)
-    ends = np.array([0, 8, 9, 10]) * count // 10
-    place = ("train", "validation", "test").index(name)
-    part = order[ends[place]:ends[place + 1]]
-    return {key: array[part] for key, array in ratings.items()} if len(part) else None
+    ends = [-(-share * count // 10) for share in (8, 9, 10)]  # at least one trains
+    parts = zip(("train", "validation", "test"), np.split(order, ends))
+    return {name: {key: array[part] for key, array in ratings.items()}
+            for name, part in parts if len(part)}
 
 
 def synthetic(

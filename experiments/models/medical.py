@@ -25,10 +25,11 @@ def cnn(shape: tuple[int, ...], num_outputs: int, filters: int) -> keras.Model:
     convolution, pooling, average = _OF_RANK[len(shape) - 1]
     stack = [keras.Input(shape), layers.Rescaling(1 / 255)]
     for factor in (1, 2, 4):
-        stack += [
+        stack += [  # pooled first: less is left to normalise
             convolution(factor * filters, 3, padding="same", use_bias=False),
-            layers.BatchNormalization(), layers.ReLU(), pooling(2)]
-    head = [average(), layers.Dropout(0.3), layers.Dense(num_outputs, dtype="float32")]
+            pooling(2), layers.BatchNormalization(momentum=0.9), layers.ReLU()]
+    head = [average(), layers.Dense(4 * filters, activation="relu"),
+            layers.Dropout(0.2), layers.Dense(num_outputs, dtype="float32")]
     return keras.Sequential(stack + head)
 
 

@@ -79,13 +79,21 @@ def test_a_folder_must_hold_one_set(tmp_path):
 
 def test_the_splits_are_fixed_and_share_no_rating():
     number = np.arange(1000)
-    parts = {name: movielens.split({"rating": number}, name)["rating"]
-             for name in ("train", "validation", "test")}
-    assert [len(part) for part in parts.values()] == [800, 100, 100]
-    assert sorted(np.concatenate(list(parts.values()))) == number.tolist()
+    parts = movielens.split({"rating": number})
+    assert list(parts) == ["train", "validation", "test"]
+    parts = [part["rating"] for part in parts.values()]
+    assert [len(part) for part in parts] == [800, 100, 100]
+    assert sorted(np.concatenate(parts)) == number.tolist()
     # Numbers that no other NumPy may change.
-    assert parts["train"][:3].tolist() == [993, 859, 298]
-    assert movielens.split({"rating": number[:3]}, "validation") is None
+    assert parts[0][:3].tolist() == [993, 859, 298]
+
+
+@pytest.mark.parametrize("count, sizes", [
+    (1, {"train": 1}), (4, {"train": 4}), (6, {"train": 5, "validation": 1}),
+    (10, {"train": 8, "validation": 1, "test": 1})])
+def test_few_ratings_train_first(count, sizes):
+    parts = movielens.split({"rating": np.arange(count)})
+    assert {name: len(part["rating"]) for name, part in parts.items()} == sizes
 
 
 def test_synthetic_ratings_are_what_they_are_said_to_be():

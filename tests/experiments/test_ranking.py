@@ -80,3 +80,27 @@ def test_many_scores_against_counting(specificity):
         np.mean(areas), abs=1e-3)
     assert value(sensitivity(specificity, 2), label, probability, weight) == (
         pytest.approx(np.mean(shares), abs=0.02))
+
+
+@pytest.mark.parametrize("specificity", [0.5, 0.9, 0.99])
+def test_scores_with_ties_as_scikit_learn_has_them(specificity):
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(1)
+    label = random.integers(0, 2, [800, 3])
+    odds = (random.normal(size=[800, 3]) * 2 + label * [1, 2, 4]).round(1)
+    # Tenths are bins of their own, so that nothing else falls together.
+    probability = 1 / (1 + np.exp(-odds.clip(-9, 9)))
+    weight = random.integers(0, 4, 800).astype(np.float32)
+    areas = metrics.roc_auc_score(
+        label, probability, average=None, sample_weight=weight)
+    assert (areas < 1).all() and len(np.unique(odds)) < 150
+    assert value(ranking.AUC(3), label, probability, weight) == pytest.approx(
+        areas.mean(), abs=1e-6)
+    shares = []
+    for column in range(3):
+        false, true, _ = metrics.roc_curve(
+            label[:, column], probability[:, column], sample_weight=weight,
+            drop_intermediate=False)
+        shares.append(true[1 - false >= specificity].max())
+    assert value(sensitivity(specificity, 3), label, probability, weight) == (
+        pytest.approx(np.mean(shares), abs=1e-6))
