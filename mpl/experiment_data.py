@@ -34,8 +34,9 @@ def build_pipelines(experiment: Any) -> dict[str, data.Pipeline]:
                     ranges=experiment.ranges)
         except errors.ConfigError as error:
             start = f"Split {split}: "
-            cause = start + error.cause.removeprefix(start)
-            raise errors.ConfigError(cause, error.remedy) from error
+            # Not an error anew: the program prints the innermost one.
+            error.args = (f"{start}{str(error).removeprefix(start)}",)
+            raise
     if "train" not in pipelines:
         raise errors.ConfigError(
             f"{type(experiment).__name__}.build_data returned nothing for 'train'.",

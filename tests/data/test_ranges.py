@@ -9,7 +9,7 @@ from mpl import launch
 from mpl.data import FileSource, Pipeline, as_source, fingerprint, naming_damage
 from mpl.data import pipeline as pipeline_lib
 from mpl.data.ranges import checked, fault_in
-from mpl.errors import ConfigError
+from mpl.errors import ConfigError, two_lines
 from mpl.experiment import Experiment
 from mpl.step.state import LossOutput
 
@@ -187,6 +187,7 @@ def test_a_run_names_the_split(tmp_path, split):
         with pytest.raises(ConfigError) as error:
             _run(tmp_path, build_data)
         assert error.value.cause == cause
+        assert two_lines(error.value).startswith(cause)  # what the program prints
     assert not (tmp_path / "w").exists()
 
 
