@@ -5,7 +5,7 @@ r"""BERT: masked words first, then the tasks of GLUE.
     python -m experiments.bert --mode=predict --workdir=runs/words --input=lines.txt
 
 A small one learns masked words of the running Python's documentation, then which of its
-paragraphs are Python; neither was run to its end here yet. The third command names the
+lines are Python; neither was run to its end here yet. The third command names the
 word at each [MASK] of a text file: `token` counts lines of the vocabulary from 0, which
 `python -m experiments.datasets.wordpiece vocab.txt` writes.
 
@@ -54,7 +54,7 @@ class Config(mpl.RunConfig):
         "mlm", "mlm: pre-training on masked words, and on next sentences where records "
         "have them; glue: a task of GLUE.", choices=("mlm", "glue"))
     glue_task: str = mpl.option(
-        "python", "For --task=glue; python: is a paragraph of Python's documentation "
+        "python", "For --task=glue; python: is a line of Python's documentation "
         "Python? The others read --data_dir.", choices=tuple(glue.TASKS))
     vocab: str | None = mpl.option(
         None, "File of word pieces, one a line. none: vocab.txt in --data_dir; without "
@@ -127,8 +127,8 @@ class Bert(mpl.Experiment):
                 len(self.vocabulary), config.length, self.has_pairs)
             return source
         if files := _files(folder, split, "txt"):
-            texts = map(wordpiece.read_text, files)
-            return masked_text.load(texts, self.vocabulary, **sizes)
+            documents = map(wordpiece.read_text, files)
+            return masked_text.load(documents, self.vocabulary, **sizes)
         if split == "train":
             raise mpl.ConfigError(
                 f"`data_dir` ({folder}) has neither train*.tfrecord* nor train*.txt.",

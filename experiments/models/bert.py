@@ -24,7 +24,7 @@ def _norm() -> keras.layers.LayerNormalization:
     return layers.LayerNormalization(epsilon=1e-12)
 
 
-class Block(layers.Layer):
+class Block(keras.layers.Layer):
     """Attention to the whole sequence, then two dense layers, each added to its input.
 
         x = norm(x + dropout(attention(x)))
@@ -68,7 +68,7 @@ class Block(layers.Layer):
         return tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [-1, length, self.hidden])
 
 
-class Encoder(layers.Layer):
+class Encoder(keras.layers.Layer):
     """Word pieces, their places and their segments, through blocks.
 
     Args:
@@ -108,7 +108,7 @@ class Encoder(layers.Layer):
         return x
 
 
-class MaskedWords(layers.Layer):
+class MaskedWords(keras.layers.Layer):
     """Logits of all word pieces at some places, by the encoder's own table of words."""
 
     def __init__(self, vocabulary: int, hidden: int, **kwargs):
@@ -132,7 +132,7 @@ class MaskedWords(layers.Layer):
         return tf.reshape(logits, [-1, positions.shape[1], self.vocabulary])
 
 
-class Bert(layers.Layer):
+class Bert(keras.layers.Layer):
     """The encoder with heads; float32 logits by the name of the head.
 
     Args:
