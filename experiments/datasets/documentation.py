@@ -42,10 +42,11 @@ def load(split: str) -> list[str]:
 
 
 def lines(split: str) -> tuple[list[str], np.ndarray]:
-    """Returns lines, and whether each is Python: whether its parser reads a statement.
+    """Returns lines of Python and lines of prose, as many of each.
 
-    Lines of at least four words and signs, none twice and none in two splits; as many
-    that are Python as are not, these taken evenly from all.
+    Python is what its parser reads as a statement, of at least four words and signs;
+    prose is the rest where four words stand in a row. What is neither, as grammar, is
+    left out. No line is there twice, or in two splits.
 
     Returns:
         Texts, and int32 labels, 1 for Python.
@@ -54,7 +55,9 @@ def lines(split: str) -> tuple[list[str], np.ndarray]:
     taken = set().union(*map(_lines, later))
     texts = [line for line in _lines(split) if line not in taken]
     label = np.array([_parses(text) for text in texts], np.int32)
-    code, prose = np.flatnonzero(label), np.flatnonzero(label == 0)
+    in_row = np.array([
+        re.search(r"([A-Za-z]+ ){3}[A-Za-z]", text) is not None for text in texts])
+    code, prose = np.flatnonzero(label), np.flatnonzero(in_row & (label == 0))
     fewer = min(len(code), len(prose))
     kept = np.sort(np.concatenate([
         each[np.arange(fewer) * len(each) // fewer] for each in (code, prose)]))
