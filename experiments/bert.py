@@ -14,7 +14,7 @@ text, train*.txt and validation*.txt, whose masks are drawn anew in each epoch. 
 
     python -m experiments.bert --data_dir=<folder> --workdir=<run> \
         --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 --masked=20 \
-        --global_batch_size=256 --train_steps=1000000 --learning_rate=1e-4 \
+        --dropout=0.1 --global_batch_size=256 --train_steps=1000000 --learning_rate=1e-4 \
         --warmup_steps=10000
     python -m experiments.bert --task=glue --glue_task=sst2 --data_dir=<GLUE> \
         --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 \
@@ -43,9 +43,9 @@ class Config(mpl.RunConfig):
     """Flags of this experiment, and its own defaults."""
 
     global_batch_size = 32
-    train_epochs = 20
+    train_epochs = 12
     optimizer = "adamw"
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     lr_schedule = "linear"
     warmup_steps = 100
     weight_decay = 0.01
@@ -70,7 +70,8 @@ class Config(mpl.RunConfig):
     hidden: int = mpl.option(128, "Width of the encoder.", minimum=1)
     heads: int = mpl.option(2, "Heads of the attention.", minimum=1)
     dropout: float = mpl.option(
-        0.1, "Share of activations left out in training.", minimum=0, below=1)
+        0.0, "Share of activations left out in training; 0.1 in BERT's own.", minimum=0,
+        below=1)
 
     def validate(self):
         super().validate()
