@@ -14,10 +14,10 @@ text, train*.txt and validation*.txt, whose masks are drawn anew in each epoch. 
 
     python -m experiments.bert --data_dir=<folder> --workdir=<run> \
         --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 --masked=20 \
-        --dropout=0.1 --global_batch_size=256 --train_steps=1000000 --learning_rate=1e-4 \
-        --warmup_steps=10000
+        --dropout=0.1 --global_batch_size=256 --train_steps=1000000 \
+        --learning_rate=1e-4 --warmup_steps=10000
     python -m experiments.bert --task=glue --glue_task=sst2 --data_dir=<GLUE> \
-        --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 \
+        --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 --dropout=0.1 \
         --vocab=<vocab.txt> --init_from=<run> --train_epochs=3 --learning_rate=2e-5
 
 Sources: Devlin et al. 2018, https://arxiv.org/abs/1810.04805. --optimizer=lamb is made

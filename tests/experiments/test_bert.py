@@ -217,7 +217,7 @@ def test_replicas_train_as_one_device_does(kind, strategy_of, tmp_path):
     settings = files_of(kind, tmp_path)
     results = []
     for replicas in (1, 2):
-        experiment = prepared(strategy_of(replicas), dropout=0.0, **settings)
+        experiment = prepared(strategy_of(replicas), **settings)
         experiment.trainer.train(5)
         results.append(experiment.evaluators["validation"].evaluate(-1)["loss"])
     np.testing.assert_allclose(*map(float, results), rtol=1e-5)
@@ -227,7 +227,7 @@ def test_replicas_train_as_one_device_does(kind, strategy_of, tmp_path):
 @pytest.mark.parametrize("kind", ["text", "sst2"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, tmp_path):
     """With dropout, and masks that are drawn anew."""
-    settings = dict(lr_schedule="constant", **files_of(kind, tmp_path))
+    settings = dict(lr_schedule="constant", dropout=0.1, **files_of(kind, tmp_path))
     whole = run(train_steps=6, workdir=str(tmp_path / "whole"), **settings)
     run(train_steps=2, workdir=str(tmp_path / "parts"), **settings)
     rest = run(train_steps=6, workdir=str(tmp_path / "parts"), **settings)
@@ -242,6 +242,7 @@ def test_a_step_of_a_task_compiles(tmp_path):
     assert np.isfinite(result["validation"]["loss"])
 
 
+@pytest.mark.slow
 def test_lamb_moves_each_matrix_in_proportion_to_its_norm(strategy_of, tmp_path):
     """The first step of a matrix w has the norm rate × ‖w‖, whatever its gradient."""
     experiment = prepared(
@@ -416,6 +417,7 @@ def test_folders_that_lack_something(strategy_of, tmp_path):
         prepared(strategy_of(1), task="glue", glue_task="mrpc")
 
 
+@pytest.mark.slow
 def test_a_word_out_of_range_ends_the_run(tmp_path):
     settings = files_of("v1", tmp_path)
     vocabulary = (tmp_path / "vocab.txt").read_text().splitlines()[:-3]
