@@ -350,9 +350,9 @@ def test_texts_are_judged(tmp_path):
 def test_a_task_is_learnt(policy, strategy_of, tmp_path):
     experiment = prepared(
         strategy_of(1), policy=policy, hidden=32, global_batch_size=16,
-        learning_rate=2e-3, train_steps=150, train_epochs=None,
+        learning_rate=2e-3, train_steps=60, train_epochs=None,
         **files_of("sst2", tmp_path))
-    experiment.trainer.train(150)
+    experiment.trainer.train(60)
     values = experiment.evaluators["validation"].evaluate(-1)
     assert float(values["accuracy"]) >= 0.9, values
 
@@ -362,10 +362,10 @@ def test_masked_words_are_learnt(strategy_of, tmp_path):
     """Of a text that counts to eight again and again, from any number on."""
     experiment = prepared(
         strategy_of(1), hidden=64, length=17, global_batch_size=32, learning_rate=3e-3,
-        warmup_steps=50, train_steps=500, train_epochs=None,
+        warmup_steps=50, train_steps=250, train_epochs=None,
         **files_of("text", tmp_path))
     before = experiment.evaluators["validation"].evaluate(-1)
-    experiment.trainer.train(500)
+    experiment.trainer.train(250)
     values = experiment.evaluators["validation"].evaluate(-1)
     assert float(before["accuracy"]) < 0.5
     assert float(values["accuracy"]) >= 0.9, values
