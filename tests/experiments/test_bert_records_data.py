@@ -94,7 +94,8 @@ def flipped(content):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda content: content[:-9], "cannot be read after 4 examples: truncated record"),
-    (lambda content: b"\x93NUMPY" + content, "record 0 cannot be read: corrupted record at 0"),
+    (lambda content: b"\x93NUMPY" + content,
+     "record 0 cannot be read: corrupted record at 0"),
     (flipped, "cannot be read after 1 examples: corrupted record at"),
     (lambda content: b"", "record 0 cannot be read: it has none"),
 ])
