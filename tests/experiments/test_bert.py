@@ -129,9 +129,11 @@ def test_weights_start_alike_in_size_and_differ_from_each_other():
                 if len(weight.shape) == 2]
     # Three tables, four matrices in each block, one of the head.
     assert len(matrices) == 3 + 2 * 4 + 1
+    size = 0.02 * math.sqrt(768 / 32)
     for matrix in matrices:
-        assert np.abs(matrix).max() <= 0.04 + 1e-6  # cut at two standard deviations
-    assert 0.016 < np.concatenate([matrix.ravel() for matrix in matrices]).std() < 0.019
+        assert np.abs(matrix).max() <= 2 * size + 1e-6  # cut at two standard deviations
+    spread = np.concatenate([matrix.ravel() for matrix in matrices]).std()
+    assert 0.8 < spread / size < 0.95
     first, second = (block.up.kernel.numpy() for block in model.encoder.blocks)
     assert (first != second).any()
 
@@ -187,10 +189,11 @@ def test_loss_of_a_task(strategy_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy, replicas", [
-    ("float32", 1), ("float32", 2), ("mixed_bfloat16", 1), ("mixed_bfloat16", 2),
-    ("mixed_float16", 1), ("mixed_float16", 2)])
-@pytest.mark.parametrize("kind", ["v1", "v2", "text", "sst2"])
+@pytest.mark.parametrize("kind, policy, replicas", [
+    ("v1", "float32", 1), ("v1", "mixed_float16", 2), ("v2", "mixed_bfloat16", 1),
+    ("text", "float32", 2), ("text", "mixed_bfloat16", 2), ("text", "mixed_float16", 1),
+    ("sst2", "float32", 2), ("sst2", "mixed_bfloat16", 1), ("sst2", "mixed_float16", 1),
+])
 def test_two_steps(kind, policy, replicas, strategy_of, tmp_path):
     experiment = prepared(
         strategy_of(replicas), policy=policy, **files_of(kind, tmp_path))
@@ -209,22 +212,22 @@ def test_two_steps(kind, policy, replicas, strategy_of, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "v1", "sst2"])
+@pytest.mark.parametrize("kind", ["text", "v1"])
 def test_replicas_train_as_one_device_does(kind, strategy_of, tmp_path):
     settings = files_of(kind, tmp_path)
     results = []
     for replicas in (1, 2):
-        experiment = prepared(strategy_of(replicas), dropout=0.0, **settings)
+        experiment = prepared(strategy_of(replicas), **settings)
         experiment.trainer.train(5)
         results.append(experiment.evaluators["validation"].evaluate(-1)["loss"])
     np.testing.assert_allclose(*map(float, results), rtol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "v2", "sst2"])
+@pytest.mark.parametrize("kind", ["text", "sst2"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, tmp_path):
     """With dropout, and masks that are drawn anew."""
-    settings = dict(lr_schedule="constant", **files_of(kind, tmp_path))
+    settings = dict(lr_schedule="constant", dropout=0.1, **files_of(kind, tmp_path))
     whole = run(train_steps=6, workdir=str(tmp_path / "whole"), **settings)
     run(train_steps=2, workdir=str(tmp_path / "parts"), **settings)
     rest = run(train_steps=6, workdir=str(tmp_path / "parts"), **settings)
@@ -232,15 +235,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["mlm", "glue"])
-def test_a_step_compiles(task, tmp_path):
-    settings = files_of("sst2" if task == "glue" else "v1", tmp_path)
-    result = run(jit_compile=True, train_steps=2, **settings,
-                 workdir=str(tmp_path / "run"))
+def test_a_step_of_a_task_compiles(tmp_path):
+    result = run(jit_compile=True, train_steps=2, workdir=str(tmp_path / "run"),
+                 **files_of("sst2", tmp_path))
     assert result["train"]["applied_steps"] == 2
     assert np.isfinite(result["validation"]["loss"])
 
 
+@pytest.mark.slow
 def test_lamb_moves_each_matrix_in_proportion_to_its_norm(strategy_of, tmp_path):
     """The first step of a matrix w has the norm rate × ‖w‖, whatever its gradient."""
     experiment = prepared(
@@ -348,8 +350,9 @@ def test_texts_are_judged(tmp_path):
 def test_a_task_is_learnt(policy, strategy_of, tmp_path):
     experiment = prepared(
         strategy_of(1), policy=policy, hidden=32, global_batch_size=16,
-        learning_rate=2e-3, train_steps=150, **files_of("sst2", tmp_path))
-    experiment.trainer.train(150)
+        learning_rate=2e-3, train_steps=60, train_epochs=None,
+        **files_of("sst2", tmp_path))
+    experiment.trainer.train(60)
     values = experiment.evaluators["validation"].evaluate(-1)
     assert float(values["accuracy"]) >= 0.9, values
 
@@ -359,9 +362,10 @@ def test_masked_words_are_learnt(strategy_of, tmp_path):
     """Of a text that counts to eight again and again, from any number on."""
     experiment = prepared(
         strategy_of(1), hidden=64, length=17, global_batch_size=32, learning_rate=3e-3,
-        warmup_steps=50, train_steps=500, **files_of("text", tmp_path))
+        warmup_steps=50, train_steps=250, train_epochs=None,
+        **files_of("text", tmp_path))
     before = experiment.evaluators["validation"].evaluate(-1)
-    experiment.trainer.train(500)
+    experiment.trainer.train(250)
     values = experiment.evaluators["validation"].evaluate(-1)
     assert float(before["accuracy"]) < 0.5
     assert float(values["accuracy"]) >= 0.9, values
@@ -413,6 +417,7 @@ def test_folders_that_lack_something(strategy_of, tmp_path):
         prepared(strategy_of(1), task="glue", glue_task="mrpc")
 
 
+@pytest.mark.slow
 def test_a_word_out_of_range_ends_the_run(tmp_path):
     settings = files_of("v1", tmp_path)
     vocabulary = (tmp_path / "vocab.txt").read_text().splitlines()[:-3]

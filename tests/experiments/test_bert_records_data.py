@@ -32,7 +32,8 @@ class Records(mpl.Experiment):
 def read(source, count):
     """Returns the examples of a source in their own order."""
     zero = tf.constant(0, tf.int64)
-    dataset = source.stream(zero, 1, count, zero, None)
+    dataset = source.stream(
+        zero, 1, count, zero, tf.zeros([2], tf.int64), shuffle=False)
     return [example for _, (example, _) in dataset]
 
 
@@ -93,7 +94,8 @@ def flipped(content):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda content: content[:-9], "cannot be read after 4 examples: truncated record"),
-    (lambda content: b"\x93NUMPY" + content, "record 0 cannot be read: .*"),
+    (lambda content: b"\x93NUMPY" + content,
+     "record 0 cannot be read: corrupted record at 0"),
     (flipped, "cannot be read after 1 examples: corrupted record at"),
     (lambda content: b"", "record 0 cannot be read: it has none"),
 ])

@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import re
-import textwrap
 
 import numpy as np
 import pytest
@@ -49,20 +48,28 @@ def test_its_description_holds_its_hash():
 
 
 @pytest.mark.parametrize("split", documentation.SPLITS)
-def test_passages_are_labelled_by_the_parser(split):
-    texts, label = documentation.passages(split)
+def test_lines_are_labelled_by_the_parser(split):
+    texts, label = documentation.lines(split)
     assert label.dtype == np.int32 and set(label) == {0, 1}
-    assert len(texts) == len(label) == 2 * label.sum() >= 20
+    assert len(texts) == len(label) == 2 * label.sum() >= 60
     for text, is_python in zip(texts, label):
         try:
-            ast.parse(textwrap.dedent(text))
+            tree = ast.parse(f"{text} pass" if text.endswith(":") else text)
         except SyntaxError:
-            assert not is_python, text
+            assert not is_python and re.search(r"\w+ \w+ \w+ \w", text), text
         else:
-            assert is_python, text
-    assert min(len(text.split()) for text in texts) >= 3
+            assert is_python == (len(tree.body) > 0), text
+        assert not text.startswith(">>> ") and text == text.strip()
+
+
+def test_no_line_is_there_twice():
+    texts = [text for split in documentation.SPLITS
+             for text in documentation.lines(split)[0]]
+    assert len(set(texts)) == len(texts)
 
 
 def test_an_unknown_split_is_an_error():
     with pytest.raises(mpl.ConfigError, match=r"`split` \(dev\).*\nUse one of"):
         documentation.load("dev")
+    with pytest.raises(mpl.ConfigError, match=r"`split` \(dev\)"):
+        documentation.lines("dev")
