@@ -41,7 +41,7 @@ class Penalty(digits.Digits):
             layers.Conv2D(32, 3, padding="same", activation="relu"),
             layers.Conv2D(64, 3, activation="relu"),
             # Not the largest: its second gradient XLA has in float32 alone.
-            layers.AveragePooling2D(), layers.Flatten(),
+            layers.AveragePooling2D(2), layers.Flatten(),
             layers.Dense(self.config.hidden, activation="relu"),
             layers.Dropout(0.3), layers.Dense(10, dtype="float32")])
 

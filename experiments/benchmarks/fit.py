@@ -27,14 +27,14 @@ from mpl.launch.intervals import intervals
 from mpl.precision import loss_scale
 
 FILE = "fit.json"
-_MOST_STEPS = 64  # of an execution: more gained nothing in the benchmark
+_STEPS = 32  # of an execution, or more: twice as many gained nothing in the benchmark
 
 
 class Fit(keras.Model):
     """A model that `fit` trains by the loss of an experiment.
 
     Args:
-        experiment: with its `model`.
+        experiment: with its `model`, a Keras model or a tf.Module.
     """
 
     def __init__(self, experiment: mpl.Experiment):
@@ -45,12 +45,13 @@ class Fit(keras.Model):
         self.built = True
 
     def train_step(self, batch):
-        variables = self.inner.trainable_weights
+        variables = self.inner.trainable_variables
         with tf.GradientTape() as tape:
             output = self.experiment.loss(batch, training=True)
             weights = tf.reduce_sum(output.weights)
             loss = tf.reduce_sum(output.per_example * output.weights) / weights
-            loss += sum(tf.cast(term, loss.dtype) for term in self.inner.losses)
+            penalties = getattr(self.inner, "losses", [])
+            loss += sum(tf.cast(term, loss.dtype) for term in penalties)
             scaled_loss = self.optimizer.scale_loss(loss)
         self.optimizer.apply(tape.gradient(scaled_loss, variables), variables)
         return self._results(output)
@@ -98,6 +99,15 @@ def why_not(kind: type[mpl.Experiment], config: mpl.RunConfig) -> str | None:
     return None
 
 
+def why_not_model(experiment: mpl.Experiment) -> str | None:
+    """Returns what `fit` cannot do of a model under its policy; None: nothing."""
+    policy = experiment.policy
+    if isinstance(experiment.model, keras.layers.Layer) or (
+            policy.param_dtype == policy.compute_dtype):
+        return None
+    return "a tf.Module, whose variables nobody casts"
+
+
 def set_up(kind: type[mpl.Experiment], config: mpl.RunConfig) -> mpl.Experiment:
     """Returns the experiment with its data and its model, as `setup` makes them."""
     experiment = kind()
@@ -118,9 +128,24 @@ def build_optimizer(experiment: mpl.Experiment) -> keras.optimizers.Optimizer:
     config = experiment.config
     optimizer = experiment.build_optimizer(config)
     optimizer.global_clipnorm = config.clip_norm
+    if optimizer.weight_decay:
+        experiment.weights.build(optimizer)  # groups the variables
+        optimizer.exclude_from_weight_decay(var_list=[
+            entry.value for bucket in experiment.weights.buckets
+            if not bucket.kind.decay for entry in bucket.entries])
     if loss_scale.resolved(config.loss_scale, experiment.policy) == "dynamic":
         return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer
+
+
+def steps_of(*lengths: int) -> int:
+    """Returns how many steps an execution has, so that all lengths are whole ones.
+
+    One that is cut short would be traced anew.
+    """
+    whole = math.gcd(*lengths)
+    return min(n for n in range(1, whole + 1)
+               if whole % n == 0 and n >= min(whole, _STEPS))
 
 
 def train(experiment: mpl.Experiment, clock: Clock) -> Fit:
@@ -130,11 +155,8 @@ def train(experiment: mpl.Experiment, clock: Clock) -> Fit:
     block = intervals(experiment.config, total, experiment.batches_per_epoch)[
         "eval_every_steps"]
     epochs, rest = divmod(total, block)
-    # An execution that is cut short would be traced anew.
-    whole = math.gcd(block, rest) if epochs else rest
-    steps = max(n for n in range(1, _MOST_STEPS + 1) if whole % n == 0)
-    model.compile(build_optimizer(experiment), steps_per_execution=steps,
-                  auto_scale_loss=False)
+    model.compile(build_optimizer(experiment), auto_scale_loss=False,
+                  steps_per_execution=steps_of(*([block] if epochs else []), rest))
     data, evaluation = pipelines["train"].dataset(), dict[str, Any]()
     if validation is not None:
         evaluation = {"validation_data": validation.dataset(),
@@ -152,8 +174,8 @@ def run(kind: type[mpl.Experiment], config: mpl.RunConfig) -> dict[str, Any]:
     if reason := why_not(kind, config):
         return {"why_not": reason}
     experiment = set_up(kind, config)
-    if not isinstance(experiment.model, keras.layers.Layer):
-        return {"why_not": "no Keras model"}
+    if reason := why_not_model(experiment):
+        return {"why_not": reason}
     clock = Clock()
     model = train(experiment, clock)
     if (test := experiment.pipelines.get("test")) is not None:

@@ -4,7 +4,7 @@
       [-- --train_epochs=5]
 
 For each binary: trainings under each policy and seed by `mpl.tools.compare`; and where
-its loop is mpl's and its model one of Keras's, the same by `fit`, in turn with them.
+`fit` can have its loop and its model, the same by `fit`, in turn with them.
 Flags after -- are the binaries'. Expected: the table in parity.md and parity.json. What
 was cut short goes on when it is started again. Exit code 1: a binary failed.
 """
@@ -46,7 +46,7 @@ def measure(
         out: folder of the trainings.
 
     Returns:
-        What `figures` makes of it, `command`, and why there is `no_fit`.
+        What `figures` makes of it, `command`, and by policy why there is `no_fit`.
 
     Raises:
         ConfigError: a training failed.
@@ -54,18 +54,21 @@ def measure(
     command = [sys.executable, "-m", f"experiments.{name}", "--mode=train_and_eval",
                *extra]
     fits: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
-    no_fit: str | None = None
+    no_fit: dict[str, str] = {}
     for count, seed in enumerate(seeds, 1):
         # Those that are done are not made again: so both systems take turns.
         compare.run(command, policies, seeds[:count], str(out / "mpl"))
         for policy in policies:
-            if no_fit is None:
-                result = _fit_once(name, extra, policy, seed, out / "fit")
+            if policy in no_fit:
+                continue
+            result = _fit_once(name, extra, policy, seed, out / "fit")
+            if reason := result.get("why_not"):
+                no_fit[policy] = reason
+            else:
                 fits[policy].append(result)
-                no_fit = result.get("why_not")
     found = json.loads((out / "mpl" / "compare.json").read_text("utf-8"))
     return {"command": shlex.join(command), "no_fit": no_fit,
-            **figures(found, {} if no_fit else fits)}
+            **figures(found, fits)}
 
 
 def _fit_once(
@@ -146,8 +149,11 @@ def markdown(content: Mapping[str, Any]) -> str:
             notes.append(f"{name} failed: {error}")
             continue
         lines += [f"| {' | '.join(row)} |" for row in rows(name, measured)]
-        if measured["no_fit"]:
-            notes.append(f"{name} has no `fit` beside it: {measured['no_fit']}.")
+        for reason in dict.fromkeys(measured["no_fit"].values()):
+            which = [policy for policy in measured["no_fit"]
+                     if measured["no_fit"][policy] == reason]
+            notes.append(
+                f"{name} has no `fit` beside it in {', '.join(which)}: {reason}.")
         ratios = {policy: row["fit_over_mpl_process"]["mean"] for policy, row in
                   measured["policies"].items() if "fit_over_mpl_process" in row}
         below += [f"{name} {policy} ({ratio:.2f})" for policy, ratio in ratios.items()

@@ -24,8 +24,31 @@ class NoDropout(digits.Digits):
         return model
 
 
-def by_mpl(config):
-    experiment = NoDropout()
+class InModule(NoDropout):
+    def build_model(self):
+        return Lines()
+
+
+class Lines(tf.Module):
+    """A layer on plain TensorFlow."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = tf.Variable(tf.random.stateless_normal([64, 10], [0, 1]) / 64)
+        self.bias = tf.Variable(tf.zeros([10]))
+
+    def __call__(self, image, training):
+        pixels = tf.reshape(tf.cast(image, tf.float32), [-1, 64]) / 16
+        return pixels @ self.kernel + self.bias
+
+
+class NoDecay(NoDropout):
+    def build_weights(self, model):
+        return mpl.MasterWeights(model, self.policy, no_decay=["bias"])
+
+
+def by_mpl(config, kind=NoDropout):
+    experiment = kind()
     experiment.setup(config, tf.distribute.OneDeviceStrategy("CPU:0"))
     experiment.trainer.train(config.train_steps)
     return experiment
@@ -40,23 +63,26 @@ def test_what_a_binary_runs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [
-    {}, {"clip_norm": 0.5}, {"train_steps": 2}, {"lr_schedule": "constant"},
-    {"policy": "mixed_float16"}])
-def test_it_trains_as_mpl_does(settings):
+@pytest.mark.parametrize("kind, settings", [
+    (NoDropout, {}), (NoDropout, {"clip_norm": 0.5}), (NoDropout, {"train_steps": 2}),
+    (NoDropout, {"lr_schedule": "constant"}), (NoDropout, {"policy": "mixed_float16"}),
+    (NoDecay, {"weight_decay": 0.5}), (InModule, {})])
+def test_it_trains_as_mpl_does(kind, settings):
     config = digits.Config(**{**SETTINGS, **settings})
-    ours = by_mpl(config)
+    ours = by_mpl(config, kind)
     evaluations = ours.evaluators["test"].evaluate(-1)
-    experiment = fit.set_up(NoDropout, config)
+    experiment = fit.set_up(kind, config)
     assert experiment.train_steps == config.train_steps
     clock = fit.Clock()
     model = fit.train(experiment, clock)
     assert int(model.optimizer.iterations) == config.train_steps
     assert clock.secs > 0
     rtol = 1e-3 if config.policy == "float32" else 0.05
-    pairs = zip(model.inner.get_weights(), ours.model.get_weights(), strict=True)
+    pairs = zip(model.inner.trainable_variables, ours.model.trainable_variables,
+                strict=True)
     for theirs, own in pairs:
-        np.testing.assert_allclose(theirs, own, rtol=rtol, atol=rtol / 50)
+        np.testing.assert_allclose(
+            theirs.numpy(), own.numpy(), rtol=rtol, atol=rtol / 50)
     test = experiment.pipelines["test"]
     found = model.evaluate(test.dataset(), steps=test.batches_per_epoch, verbose=0,
                            return_dict=True)
@@ -89,15 +115,16 @@ def test_what_fit_cannot_do(kind, settings, reason):
         assert fit.run(kind, config) == {"why_not": reason}
 
 
-def test_a_model_that_is_not_keras_is_left_out():
-    class Wrapped(digits.Digits):
-        def build_model(self):
-            module = tf.Module()
-            module.inner = super().build_model()
-            return module
+def test_a_module_is_left_out_where_somebody_must_cast():
+    config = digits.Config(**{**SETTINGS, "policy": "mixed_bfloat16"})
+    assert fit.run(InModule, config) == {
+        "why_not": "a tf.Module, whose variables nobody casts"}
 
-    config = digits.Config(**SETTINGS)
-    assert fit.run(Wrapped, config) == {"why_not": "no Keras model"}
+
+@pytest.mark.parametrize("lengths, steps", [
+    ([7], 7), ([40, 0], 40), ([79], 79), ([196], 49), ([128], 32), ([30, 20], 10)])
+def test_steps_of_an_execution(lengths, steps):
+    assert fit.steps_of(*lengths) == steps
 
 
 @pytest.mark.slow

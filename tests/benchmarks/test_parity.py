@@ -72,7 +72,7 @@ def test_what_fails_is_told_and_the_rest_measured(tmp_path, monkeypatch, capsys)
         assert (extra, policies, seeds) == (["--hidden=8"], ["float32"], [3])
         assert out == tmp_path / "out" / name
         fits = {"float32": FITS}
-        return {"command": "x", "no_fit": None, **parity.figures(
+        return {"command": "x", "no_fit": {}, **parity.figures(
             compared(float32=[0.5, 0.75]), fits)}
 
     monkeypatch.setattr(parity, "measure", measure)
@@ -92,10 +92,13 @@ def test_what_fails_is_told_and_the_rest_measured(tmp_path, monkeypatch, capsys)
 def test_what_is_slower_than_the_goal_is_named():
     slow = [{**each, "secs": 11.0} for each in FITS]
     measured = parity.figures(compared(float32=[0.5, 0.75]), {"float32": slow})
-    content = {"command": "x", "binaries": {"toy": {**measured, "no_fit": None}}}
+    content = {"command": "x", "binaries": {"toy": {**measured, "no_fit": {}}}}
     assert "below: toy float32 (1.10).\n" in parity.markdown(content)
-    content["binaries"]["toy"]["no_fit"] = "no Keras model"
-    assert "- toy has no `fit` beside it: no Keras model.\n" in parity.markdown(content)
+    content["binaries"]["toy"]["no_fit"] = {
+        "float32": "a loop", "bfloat16": "a module", "float16": "a module"}
+    text = parity.markdown(content)
+    assert "- toy has no `fit` beside it in float32: a loop.\n" in text
+    assert "- toy has no `fit` beside it in bfloat16, float16: a module.\n" in text
 
 
 def test_wrong_names(tmp_path, capsys):
@@ -122,7 +125,7 @@ def test_the_table_of_digits(tmp_path):
         assert done.returncode == 0, done.stdout
         assert ("done before" in done.stdout) == again
     row = json.loads((tmp_path / "parity.json").read_text())["binaries"]["digits"]
-    assert row["no_fit"] is None and row["metric"] == "test accuracy"
+    assert row["no_fit"] == {} and row["metric"] == "test accuracy"
     for policy in ("float32", "mixed_float16"):
         figures = row["policies"][policy]
         for name in ("final", "fit_final", "training_secs", "process_secs",

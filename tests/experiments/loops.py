@@ -122,5 +122,6 @@ def assert_skipped(experiment, before):
 
 def trained(kind, path, **settings):
     """Returns the test metrics after a short training in mixed_float16."""
-    return mpl.run(kind, workdir=str(path), train_epochs=12, policy="mixed_float16",
+    settings = {"train_epochs": 12, **settings}
+    return mpl.run(kind, workdir=str(path), policy="mixed_float16",
                    summary_every_steps=0, **settings)["test"]
