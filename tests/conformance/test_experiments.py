@@ -25,7 +25,7 @@ FILES = sorted(
     if "benchmarks" not in path.relative_to(ROOT).parts)
 # "google": protobuf, which TensorFlow brings along.
 CORE = {"absl", "experiments", "google", "keras", "mpl", "numpy", "tensorflow"}
-EXTRAS = {"matplotlib", "rich", "sklearn"}
+EXTRAS = {"matplotlib", "rich", "sklearn", "tensorflow_datasets"}
 # Flags with which two steps of a binary take least.
 SMALL: dict[str, dict] = {
     "bert": {"layers": 1, "hidden": 16, "heads": 2, "length": 16, "masked": 4,

@@ -57,14 +57,14 @@ def test_the_penalty_acts_in_each_policy(policy, strategy_of):
 
 
 @pytest.mark.parametrize("policy", loops.ROUNDING)
-def test_the_metric_is_the_length_of_the_gradient(policy, strategy_of):
+def test_the_metric_is_the_squared_length_of_the_gradient(policy, strategy_of):
     experiment = loops.prepared(Small, strategy_of(1), policy=policy)
     x, label = loops.batch_of(experiment)
     found = loops.slopes(loops.weights_of(experiment.model), x, label) / 16
     experiment.trainer.train(1)
     np.testing.assert_allclose(
-        float(experiment.train_report()["slope"]),
-        np.sqrt((found**2).sum(1)).mean(), rtol=loops.ROUNDING[policy])
+        float(experiment.train_report()["squared_slope"]),
+        (found**2).sum(1).mean(), rtol=2 * loops.ROUNDING[policy])
 
 
 def test_evaluation_has_the_loss_of_the_labels_alone(strategy_of):
@@ -75,7 +75,7 @@ def test_evaluation_has_the_loss_of_the_labels_alone(strategy_of):
         images["label"])
     found = experiment.evaluators["validation"].evaluate(-1)
     np.testing.assert_allclose(float(found["loss"]), losses.mean(), rtol=1e-5)
-    assert set(found) == {"loss", "accuracy", "slope"}
+    assert set(found) == {"loss", "accuracy", "squared_slope"}
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -89,13 +89,13 @@ def test_an_inner_gradient_that_is_not_finite_skips_the_step(replicas, strategy_
         Exploding, strategy_of(replicas), policy="mixed_float16")
     before = loops.bits(experiment)
     experiment.trainer.train(1)
-    loops.assert_skipped(experiment, before)
+    assert loops.is_skipped(experiment, before)
 
 
 @pytest.mark.slow
 def test_it_learns_and_is_flatter(tmp_path):
     with_penalty, without = (
         loops.trained(penalty.Penalty, tmp_path / str(factor), penalty=factor)
-        for factor in (1.0, 0.0))
+        for factor in (10.0, 0.0))
     assert min(with_penalty["accuracy"], without["accuracy"]) > 0.95
-    assert with_penalty["slope"] < 0.7 * without["slope"]
+    assert with_penalty["squared_slope"] < 0.7 * without["squared_slope"]
