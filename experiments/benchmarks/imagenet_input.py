@@ -9,6 +9,7 @@ Without --data_dir the records are written first, in ImageNet's form and of its 
 JPEGs of some 500×375 pixels and 110 to 140 KB. What came out is in BUILD_NOTES.md.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -81,7 +82,7 @@ def record(encoded: bytes, label: int) -> bytes:
     return tf.train.Example(features=features).SerializeToString()
 
 
-def measure(config: Config, data_dir: str, secs: float) -> dict[str, float]:
+def measure(config: mpl.RunConfig, data_dir: str, secs: float) -> dict[str, float]:
     """Returns images per second: `training` alone, `input` alone, and `both`."""
 
     def prepared(**settings: Any) -> ImagenetResnet:
@@ -108,7 +109,7 @@ def measure(config: Config, data_dir: str, secs: float) -> dict[str, float]:
     with_records = prepared(data_dir=data_dir)
     alone, both = train(prepared(synthetic=True)), train(with_records)
     batches = iter(with_records.pipelines["train"].dataset())
-    rates = {"input": rate_of(lambda: next(batches))}
+    rates = {"input": rate_of(functools.partial(next, batches))}
     del batches  # it reads ahead
     # In turn, and the best of each: other work on the machine comes and goes.
     turns = [(rate_of(alone), rate_of(both)) for _ in range(_TURNS)]
