@@ -97,12 +97,13 @@ class Experiment:
         )
 
     def read_input(self, path: str) -> Iterable[Mapping[str, np.ndarray]] | None:
-        """Returns the examples in a file or folder, batch by batch, to predict them.
+        """Returns the examples in a file or folder, to predict them.
 
-        They are dicts of arrays `[n, ...]`, as the training data but for labels.
+        They are dicts of arrays `[n, ...]`, as the training data but for labels. Those
+        of more examples than a batch has are cut.
 
         Args:
-          path: what `--input` says.
+          path: what `--input` says; it exists.
 
         Returns:
           Any iterable; None: mpl reads it, as an .npz file of arrays, or as images.

@@ -76,8 +76,11 @@ def examples(
         pipelines = experiment.pipelines
         split = next(s for s in ("test", "validation", "train") if s in pipelines)
         return pipelines[split].batches_per_epoch, _of(pipelines[split]), []
+    if not tf.io.gfile.exists(path):
+        cause = f"`input` ({path}) does not exist."
+        raise ConfigError(cause, "Correct the path of what is to be predicted.")
     if (own := experiment.read_input(path)) is not None:
-        return None, iter(own), []
+        return None, (part for batch in own for part in _parts(batch, size)), []
     if files := _image_files(path):
         specs = specs or experiment.pipelines["train"].dataset().element_spec
         name, spec = _image_feature(experiment, specs)
@@ -85,9 +88,13 @@ def examples(
         read = functools.partial(_images, experiment, spec)
         return len(parts), ({name: read(files[part])} for part in parts), files
     arrays = _read_arrays(path)
-    parts = _cut(data.ArraySource(arrays).num_examples, size)
-    batches = ({n: array[part] for n, array in arrays.items()} for part in parts)
-    return len(parts), batches, []
+    count = data.ArraySource(arrays).num_examples
+    return len(_cut(count, size)), _parts(arrays, size), []
+
+
+def _parts(arrays: Mapping[str, np.ndarray], size: int) -> _Examples:
+    for part in _cut(len(next(iter(arrays.values()))), size):
+        yield {name: array[part] for name, array in arrays.items()}
 
 
 def _cut(count: int, size: int) -> list[slice]:

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import sys
 
 import pytest
 
@@ -21,3 +22,16 @@ def test_the_collector_is_left_as_it_was(enabled):
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
+
+
+def test_in_a_shell_nothing_is_kept_for_good(monkeypatch):
+    frozen = gc.get_freeze_count()
+    try:
+        gc.unfreeze()
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+        importlib.reload(imports)
+        assert gc.get_freeze_count() == 0
+    finally:
+        monkeypatch.undo()
+        importlib.reload(imports)
+    assert gc.get_freeze_count() >= frozen

@@ -115,6 +115,17 @@ def test_the_experiment_knows_the_range_and_formats_of_its_own(tmp_path):
         read(tmp_path, floats)
 
 
+def test_formats_of_its_own_are_cut_into_batches(tmp_path):
+    class Own(Reader):
+        def read_input(self, path):
+            x = np.arange(7)
+            return [{"x": x[:5], "y": x[:5, np.newaxis]}, {"x": x[:0]}, {"x": x[5:]}]
+
+    _, batches, _ = read(tmp_path, IMAGE, Own)
+    assert [batch["x"].tolist() for batch in batches] == [[0, 1], [2, 3], [4], [5, 6]]
+    assert batches[2]["y"].tolist() == [[4]]
+
+
 @pytest.mark.parametrize("specs", [
     {"x": tf.TensorSpec([None, 4])}, {**IMAGE, "mask": IMAGE["image"]}])
 def test_where_images_are_not_one_feature_it_is_an_error(specs, tmp_path):
@@ -154,6 +165,8 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     out = tmp_path / "out.npz"
     out.write_text("old")
     with pytest.raises(ConfigError, match=r"`input` .* holds no examples"):
+        predictions.write(Nothing(out), str(out), len)
+    with pytest.raises(ConfigError, match=r"`input` \(x\) does not exist"):
         predictions.write(Nothing("x"), str(out), len)
     assert out.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]

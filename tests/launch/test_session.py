@@ -303,8 +303,9 @@ def test_input_that_is_no_npz_file():
     run(mode="train", train_steps=1)
     with open("input.npz", "w", encoding="utf-8") as file:
         file.write("text")
-    for path in ("input.npz", "none.npz"):
-        with pytest.raises(ConfigError, match="`input` .* must be an .npz file"):
+    faults = {"input.npz": "must be an .npz file", "none.npz": "does not exist"}
+    for path, fault in faults.items():
+        with pytest.raises(ConfigError, match=f"`input` .* {fault}"):
             run(mode="predict", input=path)
 
 
