@@ -6,8 +6,11 @@ A new loop by `train_step` alone: in each step the teacher learns from the label
 the student, which is given a tenth of the images, from their labels and the teacher's
 softened classes; both updates are applied or none is. Metrics, export and predictions
 are the student's.
-Hardware: any. Expected: test accuracy 0.926, where --soft_share=0 gives 0.910 (of two
-seeds).
+Hardware: any. Expected: test accuracy 0.928 ± 0.007 against 0.904 ± 0.006 with
+--soft_share=0, better by 0.023 ± 0.010 at equal seeds; the test loss is worse, 0.48
+against 0.30. So seen in mixed_bfloat16 with seeds 3 to 7 (mean ± standard deviation).
+--soft_share and --temperature were chosen by the validation accuracy of seeds 0 to 2,
+the other settings before that, with test figures of seeds 0 and 1 in sight.
 Data: UCI optical recognition of handwritten digits, in experiments/datasets.
 Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, sections 2 and 6 (few
 images); a teacher that trains at the same time: Anil et al. 2018,
@@ -33,7 +36,7 @@ class Config(digits.Config):
     given: int = mpl.option(10, "The student gets one image in so many.", minimum=1)
     temperature: float = mpl.option(8.0, "Softens both models' classes.", above=0)
     soft_share: float = mpl.option(
-        0.9, "The teacher's part in the student's loss.", minimum=0, maximum=1)
+        0.5, "The teacher's part in the student's loss.", minimum=0, maximum=1)
 
 
 class Distill(digits.Digits):

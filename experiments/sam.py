@@ -4,7 +4,8 @@
 
 A new loop by `train_step` alone: two gradients a step. The first leads uphill, to
 weights at the distance `--rho`; the second is taken there, and updates the weights
-themselves. Hardware: any. Expected: test accuracy of 0.98 or more; seen: 0.986.
+themselves. Hardware: any. Expected: test accuracy of 0.98 or more; seen, in
+mixed_bfloat16: 0.986, 0.981 and 0.992 with seeds 0 to 2.
 Data: UCI optical recognition of handwritten digits, in experiments/datasets.
 Source: Foret et al. 2021, https://arxiv.org/abs/2010.01412, algorithm 1
 """

@@ -110,5 +110,15 @@ def test_the_teacher_drops_nothing_where_it_teaches(strategy_of):
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
+    # Seeds 0 to 3: 0.903 to 0.933; untrained: 0.07.
     assert loops.trained(
-        distill.Distill, tmp_path, train_epochs=60)["accuracy"] > 0.88
+        distill.Distill, tmp_path, train_epochs=30, eval_every_epochs=30
+    )["accuracy"] > 0.88
+
+
+@pytest.mark.slow
+def test_it_learns_of_the_teacher_alone(tmp_path):
+    # Seeds 0 to 2: 0.78 to 0.86; only targets can tell it a class.
+    assert loops.trained(
+        distill.Distill, tmp_path, train_epochs=8, eval_every_epochs=8, given=1,
+        soft_share=1.0)["accuracy"] > 0.65
