@@ -6,8 +6,6 @@ https://doi.org/10.1038/s41597-022-01721-8
 """
 
 import os
-import zipfile
-import zlib
 
 import numpy as np
 import tensorflow as tf
@@ -64,8 +62,7 @@ def load(path: str, split: str) -> dict[str, np.ndarray]:
         with tf.io.gfile.GFile(path, "rb") as file, np.load(
                 file, allow_pickle=False) as arrays:
             image, label = (arrays[name] for name in names)
-    except (OSError, ValueError, TypeError, EOFError, KeyError, zlib.error,
-            zipfile.BadZipFile, tf.errors.OpError) as error:
+    except Exception as error:  # NumPy, zipfile, zlib and TensorFlow have their own
         raise mpl.ConfigError(
             f"{path} must be an .npz file with {' and '.join(names)}: "
             f"{str(error).partition(chr(10))[0]}.", _REMEDY) from error

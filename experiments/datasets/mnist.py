@@ -15,7 +15,6 @@ import gzip
 import io
 import math
 import os
-import zipfile
 import zlib
 
 import numpy as np
@@ -134,8 +133,7 @@ def _read_npz(path: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(content, allow_pickle=False) as arrays:
             image, label = arrays[f"x_{part}"], arrays[f"y_{part}"]
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile,
-            zlib.error) as error:
+    except Exception as error:  # NumPy, zipfile and zlib have their own
         cause = f"x_{part} and y_{part} of {path} cannot be read: {error}."
         raise mpl.ConfigError(cause, _AGAIN) from error
     for name, array, shape in (("x", image, _SIZE), ("y", label, ())):

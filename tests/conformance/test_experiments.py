@@ -31,7 +31,7 @@ SMALL: dict[str, dict] = {
     "bert": {"layers": 1, "hidden": 16, "heads": 2, "length": 16, "masked": 4,
              "global_batch_size": 64, "warmup_steps": 0},
     "char_lm": {"depth": 1, "width": 16, "heads": 2, "length": 16,
-                "global_batch_size": 256},
+                "global_batch_size": 256, "warmup_steps": 0},
     "cifar_resnet": {"depth": 8},
     "digits": {"hidden": 8},
     "distill": {"hidden": 8},
