@@ -27,13 +27,6 @@ SETTINGS = {
     "accumulated": {"policy": "float32", "loss_scale": "dynamic",
                     "accumulate_steps": 2},
 }
-# XLA keeps what it compiled until the process ends, some 0.1 GB each: all settings for
-# two loops, one for each of the others.
-def cases(one):
-    return [(kind, settings) for kind in KINDS for settings in SETTINGS
-            if kind.__name__ in ("Digits", "GanDigits") or settings == one]
-
-
 # What compiles for minutes is made smaller. A low rate keeps rounding from growing.
 SMALL = {
     "CifarResnet": {"depth": 8, "learning_rate": 1e-3},
@@ -45,6 +38,15 @@ SMALL = {
     "CharLm": {"depth": 1, "width": 32, "length": 32, "warmup_steps": 0},
     "Medical": {"filters": 2},
 }
+
+
+def cases(one):
+    """All settings for two loops, and one for each of the others.
+
+    XLA keeps what it compiled until the process ends, some 0.1 GB each.
+    """
+    return [(kind, settings) for kind in KINDS for settings in SETTINGS
+            if kind.__name__ in ("Digits", "GanDigits") or settings == one]
 
 
 def prepared(kind, noise=True, **settings):
