@@ -8,6 +8,7 @@ Source: Devlin et al. 2018, https://arxiv.org/abs/1810.04805; the rules are thos
 https://github.com/google-research/bert/blob/master/tokenization.py
 """
 
+import argparse
 import collections
 import sys
 import unicodedata
@@ -18,7 +19,6 @@ import tensorflow as tf
 
 import mpl
 from experiments.datasets import documentation, text
-from mpl.tools.command_line import Parser, code_of
 
 PAD, UNKNOWN, FIRST, LAST, MASK = SPECIAL = (
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -252,32 +252,29 @@ def _best(counts: Mapping[str, int]) -> list[str]:
     return sorted(counts, key=lambda key: (-counts[key], key))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Reads a command line, by default this process's, and writes a vocabulary."""
-    parser = Parser(
-        "python -m experiments.datasets.wordpiece", allow_abbrev=False,
-        description="Makes a vocabulary of word pieces.")
+def main(argv: Sequence[str]) -> int:
+    """Writes a vocabulary; returns the exit code, 1 after an error that it prints."""
+    parser = argparse.ArgumentParser(description="Makes a vocabulary of word pieces.")
     parser.add_argument("vocab", help="file to write")
     parser.add_argument("texts", nargs="*", help="files of UTF-8 text")
     parser.add_argument("--size", type=int, default=SIZE, help="pieces, at most")
     parser.add_argument("--cased", action="store_true", help="keep capitals, accents")
     given = parser.parse_args(argv)
-
-    def work() -> None:
-        own = map(text.read, given.texts)
-        pieces = make(own if given.texts else documentation.load("train"), given.size,
-                      not given.cased)
-        try:
-            with tf.io.gfile.GFile(given.vocab, "w") as file:
-                file.write("".join(f"{piece}\n" for piece in pieces))
-        except tf.errors.OpError as error:
-            raise mpl.ConfigError(
-                f"`vocab` ({given.vocab}) cannot be written: {error.message}.",
-                "Name a file in a folder that exists and takes files.") from error
-        print(f"{given.vocab}: {len(pieces)} pieces")
-
-    return code_of(work)
+    texts = map(text.read, given.texts) if given.texts else documentation.load("train")
+    try:
+        pieces = make(texts, given.size, not given.cased)
+        with tf.io.gfile.GFile(given.vocab, "w") as file:
+            file.write("".join(f"{piece}\n" for piece in pieces))
+    except mpl.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except tf.errors.OpError as error:
+        print(f"`vocab` ({given.vocab}) cannot be written: {error.message}.\n"
+              "Name a file in a folder that exists and takes files.", file=sys.stderr)
+        return 1
+    print(f"{given.vocab}: {len(pieces)} pieces")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

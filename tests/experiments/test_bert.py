@@ -343,7 +343,8 @@ def test_texts_are_judged(tmp_path):
         "index\tsentence", *(f"{n}\t{text}" for n, text in enumerate(texts))])
     results = []
     for path in (plain, table):
-        run(mode="predict", workdir=work, input=path, output=str(tmp_path / "a.npz"))
+        run(mode="predict", workdir=work, input=path, masked=10,
+            output=str(tmp_path / "a.npz"))
         with np.load(tmp_path / "a.npz") as arrays:
             results.append(arrays["predictions"])
     np.testing.assert_array_equal(*results)
