@@ -12,6 +12,8 @@ the 68 of the test; without --init_from 96 % and 93 %. `--task=glue` runs 30 s.
 
 The third command names the word at each [MASK] of a text file: `token` counts lines of
 the vocabulary from 0; `python -m experiments.datasets.wordpiece vocab.txt` writes it.
+--saved_model asks for it: --vocab=vocab.txt. Another vocabulary of the same size is not
+noticed, neither there nor by --init_from: give that of the pre-training.
 
 BERT-base, of train*.tfrecord*, validation*.tfrecord* and vocab.txt in a folder; or of
 text, train*.txt and validation*.txt, whose masks are drawn anew in each epoch. Not run:
@@ -38,7 +40,7 @@ import tensorflow as tf
 
 import mpl
 from experiments.datasets import bert_records, documentation, glue, masked_text
-from experiments.datasets import wordpiece
+from experiments.datasets import text, wordpiece
 from experiments.models import bert as bert_model
 
 
@@ -79,7 +81,8 @@ class Config(mpl.RunConfig):
 
     def validate(self):
         super().validate()
-        longest = self.positions or self.length
+        longest, other = self.positions or self.length, type(self)
+        named = self.vocab or self.data_dir or str(self.input).endswith(".npz")
         for broken, cause, remedy in (
             (self.hidden % self.heads, f"`hidden` ({self.hidden}) must be divisible by "
              f"`heads` ({self.heads}).", "Give each head 64, as BERT does."),
@@ -88,6 +91,17 @@ class Config(mpl.RunConfig):
             (self.task == "mlm" and self.masked > self.length,
              f"`masked` ({self.masked}) must be at most `length` ({self.length}).",
              "Use 15 % of --length, or a little more."),
+            (self.task == "mlm" and self.glue_task != other.glue_task,
+             f"`glue_task` ({self.glue_task}) has no effect on `task` (mlm).",
+             "Use --task=glue, or leave --glue_task out."),
+            (self.task == "glue" and self.masked != other.masked,
+             f"`masked` ({self.masked}) has no effect on `task` (glue).",
+             "Leave --masked out."),
+            (self.saved_model and not named,
+             f"`saved_model` ({self.saved_model}) needs the vocabulary that it was "
+             f"trained with, to read `input` ({self.input}).",
+             "Give it, --vocab=<vocab.txt>, and --lower_case as in training; that of "
+             "runs without files python -m experiments.datasets.wordpiece writes."),
         ):
             if broken:
                 raise mpl.ConfigError(cause, remedy)
@@ -98,6 +112,7 @@ class Bert(mpl.Experiment):
 
     Config = Config
     has_pairs: bool | None = None  # whether training asks which sentence is the next
+    words = 0.0  # masked words in a sequence of records, on average
 
     # Data
 
@@ -125,14 +140,15 @@ class Bert(mpl.Experiment):
         if folder is None:
             return masked_text.load(documentation.load(split), self.vocabulary, **sizes)
         if files := _files(folder, split, "tfrecord"):
-            source, self.has_pairs = bert_records.load(
+            source, self.has_pairs, words = bert_records.load(
                 files, has_pairs=self.has_pairs, **sizes,
                 max_bad_records=context.max_bad_records)
+            self.words = self.words or words  # that of training
             self.ranges = bert_records.ranges(
                 len(self.vocabulary), config.length, self.has_pairs)
             return source
         if files := _files(folder, split, "txt"):
-            documents = map(wordpiece.read_text, files)
+            documents = map(text.read, files)
             return masked_text.load(documents, self.vocabulary, **sizes)
         if split == "train":
             raise mpl.ConfigError(
@@ -176,8 +192,10 @@ class Bert(mpl.Experiment):
         outputs = {"accuracy": [_mean(_is_right(words, logits["words"]), counts)]}
         if self.has_pairs:
             pair = batch["next_sentence_labels"], logits["next_sentence"]
-            losses += _crossentropy(*pair)
-            outputs["next_sentence"] = [_is_right(*pair)]
+            # So that each pair counts alike, and all as much as all words.
+            losses += _crossentropy(*pair) * tf.math.divide_no_nan(
+                self.words, tf.reduce_sum(counts, 1))
+            outputs["next_sentence"] = [_is_right(*pair), batch["weight"]]
         # So that each masked word of a batch counts alike, not each sequence.
         weights = batch["weight"] * tf.reduce_mean(counts, 1)
         return mpl.LossOutput(losses, weights, outputs)
@@ -185,8 +203,8 @@ class Bert(mpl.Experiment):
     def metrics(self):
         if self.config.task == "glue":
             return glue.metrics(self.config.glue_task)
-        names = ("accuracy", "next_sentence") if self.has_pairs else ("accuracy",)
-        return {name: keras.metrics.Mean() for name in names}
+        pairs = {"next_sentence": OwnMean()} if self.has_pairs else {}
+        return {"accuracy": keras.metrics.Mean(), **pairs}
 
     # Predictions
 
@@ -210,6 +228,13 @@ class Bert(mpl.Experiment):
             return [self.vocabulary.encoded(texts, config.length)]
         return [masked_text.questions(
             path, self.vocabulary, length=config.length, masked=config.masked)]
+
+
+class OwnMean(keras.metrics.Mean):
+    """The mean by weights of its own, and not by those of the loss."""
+
+    def update_state(self, values, weights, sample_weight=None):
+        super().update_state(values, weights)
 
 
 def _files(folder, split, ending):

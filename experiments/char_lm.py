@@ -54,7 +54,8 @@ class Config(mpl.RunConfig):
     depth: int = mpl.option(
         0, "Blocks, or LSTM layers; 0: 2 blocks, or 1 layer.", minimum=0)
     width: int = mpl.option(128, "Of the activations.", minimum=1)
-    heads: int = mpl.option(4, "Attention heads; divide the width.", minimum=1)
+    heads: int = mpl.option(
+        4, "Attention heads of gpt; divide the width.", minimum=1)
     dropout: float = mpl.option(0.0, "Share left out in training.", minimum=0, below=1)
     sample_chars: int = mpl.option(
         200, "Bytes to write after each prompt.", minimum=1, math=False)
@@ -70,6 +71,10 @@ class Config(mpl.RunConfig):
             raise mpl.ConfigError(
                 f"`width` ({self.width}) must be divisible by `heads` ({self.heads}).",
                 f"Use --width={-(-self.width // self.heads) * self.heads}.")
+        if self.model == "lstm" and self.heads != type(self).heads:
+            raise mpl.ConfigError(
+                f"`heads` ({self.heads}) has no effect on `model` (lstm).",
+                "Leave --heads out, or use --model=gpt.")
 
 
 class CharLm(mpl.Experiment):

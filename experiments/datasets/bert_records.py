@@ -11,7 +11,11 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 import mpl
+from experiments.datasets import tfrecords
 
+_SHUFFLED = 10_000  # examples, in all streams together
+_STREAMS = 64  # of an `mpl.FileSource`, at most
+_LOOKED_AT = 1000  # records, for how many words are masked
 _RENAMED = {"input_word_ids": "input_ids", "input_type_ids": "segment_ids"}
 _OF_LENGTH = ("input_ids", "input_mask", "segment_ids")
 _OF_WORDS = ("masked_lm_positions", "masked_lm_ids", "masked_lm_weights")
@@ -21,13 +25,14 @@ _PAIR = "next_sentence_labels"
 def load(
     files: Sequence[str], *, length: int, masked: int, has_pairs: bool | None = None,
     max_bad_records: int = 0,
-) -> tuple[mpl.FileSource, bool]:
-    """Returns the examples in files, by the first layout's names, and `has_pairs`.
+) -> tuple[mpl.FileSource, bool, float]:
+    """Returns the examples in files, `has_pairs`, and how many words are masked.
 
-    `input_ids`, `input_mask` and `segment_ids`, int32 `[length]`; `masked_lm_positions`
-    and `masked_lm_ids`, int32 `[masked]`, with `masked_lm_weights`, float32: 0 for what
-    only fills up. With `has_pairs` also `next_sentence_labels`, int32 `[]`: 1 for a
-    second text that does not follow the first.
+    By the first layout's names, `input_ids`, `input_mask` and `segment_ids`, int32
+    `[length]`; `masked_lm_positions` and `masked_lm_ids`, int32 `[masked]`, with
+    `masked_lm_weights`, float32: 0 for what only fills up. With `has_pairs` also
+    `next_sentence_labels`, int32 `[]`: 1 for a second text that does not follow the
+    first. How many words: the mean over the first 1,000 examples of the first file.
 
     Args:
         files: paths.
@@ -37,7 +42,8 @@ def load(
         max_bad_records: as in `mpl.FileSource`.
 
     Raises:
-        ConfigError: a file is damaged, or its examples are others.
+        ConfigError: a file ends inside a record, or its first example is another; as of
+            `mpl.FileSource`.
     """
     features = _first(files[0])
     names = {_RENAMED.get(name, name): name for name in features}
@@ -75,8 +81,13 @@ def load(
         return records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
     source = mpl.FileSource(
-        files, read, shuffle_buffer=10_000, max_bad_records=max_bad_records)
-    return source, has_pairs
+        files, read, max_bad_records=max_bad_records,
+        examples_per_file=None if max_bad_records else tfrecords.counts(files),
+        shuffle_buffer=_SHUFFLED // min(len(files), _STREAMS))
+    some = read(tf.constant(files[0])).take(_LOOKED_AT).ignore_errors()
+    words = [example["masked_lm_weights"].sum()
+             for example in some.as_numpy_iterator()]
+    return source, has_pairs, sum(words) / len(words)
 
 
 def ranges(

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
-from experiments.datasets import documentation, wordpiece
+from experiments.datasets import documentation, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +103,13 @@ def read(path: str, name: str) -> tuple[list[tuple[str, ...]], np.ndarray | None
     """Reads one file of a task; labels are None where it has none, as a test.tsv.
 
     Raises:
-        ConfigError: a line is not as the task's are.
+        ConfigError: a line is not as the task's are, or the last one has no end.
     """
-    task, lines = TASKS[name], wordpiece.read_text(path).split("\n")
+    task, lines = TASKS[name], text.read(path).split("\n")
+    if lines.pop():  # what comes after the last line's end
+        number = len(lines) + 1
+        raise _fault(path, number, "has no end: the file is cut off")
     lines = [line.removesuffix("\r") for line in lines]
-    if lines[-1] == "":
-        lines.pop()
     first, columns = tuple(lines[0].split("\t")) if lines else (), task.columns
     if first == task.unlabelled:
         columns = task.unlabelled
@@ -145,7 +146,7 @@ def read_texts(path: str, name: str) -> list[tuple[str, ...]]:
     if path.endswith(".tsv"):
         return read(path, name)[0]
     texts, count = list[tuple[str, ...]](), len(TASKS[name].texts)
-    for number, line in enumerate(wordpiece.read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.read(path).split("\n"), 1):
         if line.strip():
             texts.append(tuple(line.split("\t")))
             if len(texts[-1]) != count:

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
-from experiments.datasets import wordpiece
+from experiments.datasets import text, wordpiece
 from experiments.datasets.wordpiece import WordPieces
 
 Batch = dict[str, tf.Tensor]
@@ -111,7 +111,7 @@ def questions(
         ConfigError: a line has no mask, too many, or too many pieces.
     """
     rows, places = list[list[int]](), list[list[int]]()
-    for number, line in enumerate(wordpiece.read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.read(path).split("\n"), 1):
         if not line.strip():
             continue
         ids, positions = [vocabulary.first], list[int]()

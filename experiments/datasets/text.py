@@ -60,7 +60,7 @@ def joined(texts: list[str]) -> str:
 
 
 def read(path: str) -> str:
-    """Reads a file.
+    """Reads a file, with or without a byte order mark, which is left out.
 
     Raises:
         ConfigError: it cannot be read, is no UTF-8, or holds a zero byte.
@@ -68,7 +68,7 @@ def read(path: str) -> str:
     try:
         with tf.io.gfile.GFile(path, "rb") as file:
             content = file.read()
-        text = content.decode()
+        text = content.decode().removeprefix("\ufeff")
     except tf.errors.OpError as error:
         raise mpl.ConfigError(
             f"File {path} cannot be read: {error.message}.", "Correct the path."
@@ -82,7 +82,7 @@ def read(path: str) -> str:
     if (place := content.find(b"\0")) >= 0:
         raise mpl.ConfigError(
             f"File {path} is no text: byte {place} is 0.",
-            "Leave it out; zeros fill up the last window of a text.")
+            "Repair it, or leave it out.")
     return text
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
-from experiments.datasets import documentation
+from experiments.datasets import documentation, text
 
 PAD, UNKNOWN, FIRST, LAST, MASK = SPECIAL = (
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -196,25 +196,9 @@ def read(path: str, lower_case: bool = True) -> WordPieces:
             f"There is no vocabulary {path}.",
             "Name BERT's own, --vocab=<vocab.txt>, or make one: "
             "python -m experiments.datasets.wordpiece vocab.txt <text files>.")
-    lines = read_text(path).removesuffix("\n").split("\n")
+    lines = text.read(path).removesuffix("\n").split("\n")
     pieces = [line.removesuffix("\r") for line in lines]
     return WordPieces(pieces, lower_case, f"File {path}")
-
-
-def read_text(path: str) -> str:
-    """Reads a file of UTF-8 text, with or without a byte order mark.
-
-    Raises:
-        ConfigError: it is another encoding, or damaged.
-    """
-    with tf.io.gfile.GFile(path, "rb") as file:
-        content = file.read()
-    try:
-        return content.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise mpl.ConfigError(
-            f"File {path} is no UTF-8 text: byte {content[error.start]:#04x} at offset "
-            f"{error.start}.", "Repair it, or save it as UTF-8.") from error
 
 
 def make(
@@ -222,7 +206,8 @@ def make(
 ) -> list[str]:
     """Makes a vocabulary: the same one of the same texts.
 
-        the special pieces; each character that occurs, alone and after "##"
+        the special pieces
+        each character that occurs, alone and after "##"; of too many the most frequent
         the most frequent words, until three quarters of `size` are filled
         of the other words the endings that save most characters: the rest
 
@@ -230,11 +215,21 @@ def make(
         texts: what it is for.
         size: pieces in it, at most.
         lower_case: as in `words`.
+
+    Raises:
+        ConfigError: `size` has no room for the special pieces.
     """
-    counts = collections.Counter[str]()
-    for text in texts:
-        counts.update(words(text, lower_case))
-    characters = sorted(set("".join(counts)))
+    if size < len(SPECIAL):
+        raise mpl.ConfigError(
+            f"`size` ({size}) must be at least {len(SPECIAL)}, for the special pieces.",
+            "Give some thousands.")
+    counts, occurring = collections.Counter[str](), collections.Counter[str]()
+    for each in texts:
+        counts.update(words(each, lower_case))
+    for word, count in counts.items():
+        for character in word:
+            occurring[character] += count
+    characters = sorted(_best(occurring)[:(size - len(SPECIAL)) // 2])
     pieces = dict.fromkeys(
         [*SPECIAL, *characters, *(f"##{character}" for character in characters)])
     for word in _best(counts):
@@ -257,20 +252,29 @@ def _best(counts: Mapping[str, int]) -> list[str]:
     return sorted(counts, key=lambda key: (-counts[key], key))
 
 
-def main(argv: Sequence[str]) -> None:
-    """Writes a vocabulary."""
+def main(argv: Sequence[str]) -> int:
+    """Writes a vocabulary; returns the exit code, 1 after an error that it prints."""
     parser = argparse.ArgumentParser(description="Makes a vocabulary of word pieces.")
     parser.add_argument("vocab", help="file to write")
     parser.add_argument("texts", nargs="*", help="files of UTF-8 text")
     parser.add_argument("--size", type=int, default=SIZE, help="pieces, at most")
     parser.add_argument("--cased", action="store_true", help="keep capitals, accents")
     given = parser.parse_args(argv)
-    texts = map(read_text, given.texts) if given.texts else documentation.load("train")
-    pieces = make(texts, given.size, not given.cased)
-    with tf.io.gfile.GFile(given.vocab, "w") as file:
-        file.write("".join(f"{piece}\n" for piece in pieces))
+    texts = map(text.read, given.texts) if given.texts else documentation.load("train")
+    try:
+        pieces = make(texts, given.size, not given.cased)
+        with tf.io.gfile.GFile(given.vocab, "w") as file:
+            file.write("".join(f"{piece}\n" for piece in pieces))
+    except mpl.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except tf.errors.OpError as error:
+        print(f"`vocab` ({given.vocab}) cannot be written: {error.message}.\n"
+              "Name a file in a folder that exists and takes files.", file=sys.stderr)
+        return 1
     print(f"{given.vocab}: {len(pieces)} pieces")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import mpl
 from bert_files import (
@@ -32,7 +33,7 @@ def files_of(kind, folder):
     """Writes data of a kind, and returns the settings that read them."""
     vocab = write_vocabulary(folder)
     if kind == "sst2":
-        return dict(task="glue", glue_task="sst2", vocab=vocab,
+        return dict(task="glue", glue_task="sst2", vocab=vocab, masked=10,
                     data_dir=write_sst2(folder / "GLUE" / "SST-2"))
     if kind == "text":
         return dict(data_dir=write_text(folder))
@@ -158,16 +159,29 @@ def test_loss_and_metrics_of_pretraining(strategy_of, tmp_path):
     of_words = -np.take_along_axis(chances, words[..., None], -1)[..., 0]
     of_pairs = -np.take_along_axis(
         log_softmax(logits["next_sentence"]), batch["next_sentence_labels"], -1)[:, 0]
-    each = counts.sum(1) / counts.sum()  # a pair counts as much as it has masked words
-    want = (of_words * counts).sum() / counts.sum() + (of_pairs * each).sum()
+    # A pair counts like any other; all of them as much as words are expected: as many
+    # in a sequence as in the first file of the training records, each second one.
+    expected = record_arrays(24)["masked_lm_weights"][::2].sum(1).mean()
+    assert experiment.words == pytest.approx(expected)
+    means = (of_words * counts).sum() / counts.sum(), of_pairs.mean()
+    want = means[0] + means[1] * expected / counts.sum(1).mean()
     np.testing.assert_allclose(float(got["loss"]), want, rtol=1e-5)
     right = (chances.argmax(-1) == words) * counts
     np.testing.assert_allclose(
         float(got["accuracy"]), right.sum() / counts.sum(), rtol=1e-6)
     right = logits["next_sentence"].numpy().argmax(-1) == batch["next_sentence_labels"][
         :, 0]
+    np.testing.assert_allclose(float(got["next_sentence"]), right.mean(), rtol=1e-6)
+
+    # Of as many words as expected the loss is the sum of both means.
+    experiment.words = counts.sum(1).mean()
+    features = {name: tf.constant(array if array.dtype.kind == "f" else array.astype(
+        np.int32)) for name, array in batch.items()}
+    features["next_sentence_labels"] = features["next_sentence_labels"][:, 0]
+    output = experiment.loss({**features, "weight": tf.ones(12)}, training=False)
+    total = float(tf.reduce_sum(output.per_example * output.weights))
     np.testing.assert_allclose(
-        float(got["next_sentence"]), (right * each).sum(), rtol=1e-6)
+        total / float(tf.reduce_sum(output.weights)), sum(means), rtol=1e-5)
 
 
 def test_loss_of_a_task(strategy_of, tmp_path):
@@ -329,7 +343,8 @@ def test_texts_are_judged(tmp_path):
         "index\tsentence", *(f"{n}\t{text}" for n, text in enumerate(texts))])
     results = []
     for path in (plain, table):
-        run(mode="predict", workdir=work, input=path, output=str(tmp_path / "a.npz"))
+        run(mode="predict", workdir=work, input=path, masked=10,
+            output=str(tmp_path / "a.npz"))
         with np.load(tmp_path / "a.npz") as arrays:
             results.append(arrays["predictions"])
     np.testing.assert_array_equal(*results)
@@ -391,7 +406,7 @@ def test_the_default_data_are_named(strategy_of, capsys):
     assert out.count("Data: ") == 1
     assert f"Data: {documentation.describe()}; 2048 word pieces\n" in out
     assert set(experiment.num_examples) == {"train", "validation", "test"}
-    experiment = prepared(strategy_of(1), task="glue")
+    experiment = prepared(strategy_of(1), task="glue", masked=10)
     assert f"Data: {documentation.describe()}" in capsys.readouterr().out
     assert set(experiment.num_examples) == {"train", "validation", "test"}
 
@@ -400,11 +415,23 @@ def test_the_default_data_are_named(strategy_of, capsys):
     (dict(hidden=10, heads=4), r"`hidden` \(10\) must be divisible by `heads` \(4\)"),
     (dict(length=64, positions=32), r"`positions` \(32\) must be at least `length`"),
     (dict(length=8, masked=9), r"`masked` \(9\) must be at most `length` \(8\)"),
+    (dict(glue_task="sst2"), r"`glue_task` \(sst2\) has no effect on `task` \(mlm\)"),
+    (dict(task="glue", masked=3), r"`masked` \(3\) has no effect on `task` \(glue\)"),
+    (dict(mode="predict", saved_model="export", input="lines.txt"),
+     r"`saved_model` \(export\) needs the vocabulary .*\nGive .*--vocab=<vocab.txt>"),
     (dict(glue_task="qnli"), r"`glue_task` \(qnli\) must be python, sst2, cola or m"),
 ])
 def test_bad_settings_are_named(change, message):
     with pytest.raises(mpl.ConfigError, match=message):
         bert.Config(**change)
+
+
+@pytest.mark.parametrize("change", [
+    dict(vocab="vocab.txt"), dict(data_dir="data"), dict(input="ids.npz")])
+def test_an_export_is_asked_by_a_vocabulary_that_is_named(change):
+    given = dict(mode="predict", saved_model="export", input="lines.txt")
+    config = bert.Config(**{**given, **change})
+    assert config.saved_model == "export"
 
 
 def test_folders_that_lack_something(strategy_of, tmp_path):
@@ -414,7 +441,7 @@ def test_folders_that_lack_something(strategy_of, tmp_path):
     with pytest.raises(mpl.ConfigError, match=r"neither train\*.tfrecord\* nor train"):
         prepared(strategy_of(1), data_dir=str(tmp_path))
     with pytest.raises(mpl.ConfigError, match=r"Split train: `glue_task` \(mrpc\) and"):
-        prepared(strategy_of(1), task="glue", glue_task="mrpc")
+        prepared(strategy_of(1), task="glue", glue_task="mrpc", masked=10)
 
 
 @pytest.mark.slow

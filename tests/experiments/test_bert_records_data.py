@@ -20,13 +20,19 @@ class Records(mpl.Experiment):
     def build_data(self, split, context):
         if split != "train":
             return None
-        source, has_pairs = bert_records.load(
+        source, has_pairs, _ = bert_records.load(
             [self.path], **SIZES, max_bad_records=context.max_bad_records)
         self.ranges = bert_records.ranges(len(PIECES), LENGTH, has_pairs)
         return source
 
     def build_model(self):
         raise NotImplementedError
+
+
+def experiment_of(path):
+    experiment = Records()
+    experiment.path = str(path)
+    return experiment
 
 
 def read(source, count):
@@ -41,8 +47,9 @@ def read(source, count):
 def test_examples(names, tmp_path):
     path = tmp_path / "train.tfrecord"
     write_records(path, ARRAYS, names)
-    source, has_pairs = bert_records.load([str(path)], **SIZES)
+    source, has_pairs, words = bert_records.load([str(path)], **SIZES)
     assert has_pairs and source.num_examples == 5
+    assert words == pytest.approx(ARRAYS["masked_lm_weights"].sum(1).mean())
     examples = read(source, 5)
     for name, array in ARRAYS.items():
         got = np.stack([example[name] for example in examples])
@@ -56,11 +63,11 @@ def test_pairs_are_read_where_asked_for(tmp_path):
     alone = {name: array for name, array in ARRAYS.items() if name[0] != "n"}
     write_records(tmp_path / "alone", alone)
     write_records(tmp_path / "pairs", ARRAYS)
-    source, has_pairs = bert_records.load([str(tmp_path / "alone")], **SIZES)
-    assert not has_pairs and read(source, 1)[0].keys() == alone.keys()
-    source, has_pairs = bert_records.load(
+    source, has_pairs, _ = bert_records.load([str(tmp_path / "alone")], **SIZES)
+    assert not has_pairs and read(source, 5)[0].keys() == alone.keys()
+    source, has_pairs, _ = bert_records.load(
         [str(tmp_path / "pairs")], **SIZES, has_pairs=False)
-    assert not has_pairs and read(source, 1)[0].keys() == alone.keys()
+    assert not has_pairs and read(source, 5)[0].keys() == alone.keys()
     with pytest.raises(mpl.ConfigError, match="alone, record 0 has no `next_sent"):
         bert_records.load([str(tmp_path / "alone")], **SIZES, has_pairs=True)
 
@@ -93,10 +100,9 @@ def flipped(content):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda content: content[:-9], "cannot be read after 4 examples: truncated record"),
+    (lambda content: content[:-9], " ends inside record 4, which begins at byte "),
     (lambda content: b"\x93NUMPY" + content,
      "record 0 cannot be read: corrupted record at 0"),
-    (flipped, "cannot be read after 1 examples: corrupted record at"),
     (lambda content: b"", "record 0 cannot be read: it has none"),
 ])
 def test_a_damaged_file_is_named(damage, message, tmp_path):
@@ -105,6 +111,40 @@ def test_a_damaged_file_is_named(damage, message, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(mpl.ConfigError, match=f"File {path}.*{message}"):
         bert_records.load([str(path)], **SIZES)
+
+
+def test_a_damaged_record_is_named_when_it_is_read(tmp_path):
+    path = tmp_path / "train.tfrecord"
+    write_records(path, ARRAYS)
+    path.write_bytes(flipped(path.read_bytes()))
+    source, _, words = bert_records.load([str(path)], **SIZES)
+    assert source.num_examples == 5  # by their lengths alone
+    assert words == ARRAYS["masked_lm_weights"][0].sum()
+    with pytest.raises(mpl.ConfigError, match=f"File {path} cannot be read after 1 exam"
+                       "ples: corrupted record at"):
+        read_all(experiment_of(path))
+    source, *_ = bert_records.load([str(path)], **SIZES, max_bad_records=1)
+    assert source.num_examples == 4
+
+
+@pytest.mark.parametrize("count, buffer", [(1, 10_000), (4, 2_500), (80, 156)])
+def test_streams_together_hold_10000_examples(count, buffer, tmp_path, monkeypatch):
+    one = {name: array[:1] for name, array in ARRAYS.items()}
+    paths = [str(tmp_path / f"train-{number}") for number in range(count)]
+    for path in paths:
+        write_records(path, one)
+    given = {}
+
+    def made(*args, **kwargs):
+        given.update(kwargs)
+        return file_source(*args, **kwargs)
+
+    file_source = mpl.FileSource
+    monkeypatch.setattr(mpl, "FileSource", made)
+    source, *_ = bert_records.load(paths, **SIZES)
+    assert source.num_streams(64) * given["shuffle_buffer"] <= 10_000
+    assert given["shuffle_buffer"] == buffer
+    assert given["examples_per_file"] == [1] * count
 
 
 def test_a_record_that_is_no_example_is_named(tmp_path):
@@ -126,8 +166,8 @@ def test_a_later_record_of_other_sizes_is_named_or_left_out(tmp_path):
                                 mixed.items()})
             writer.write(next(iter(tf.data.TFRecordDataset(str(one)))).numpy())
     with pytest.raises(mpl.ConfigError, match=f"{path} cannot be read after 2 example"):
-        bert_records.load([str(path)], **SIZES)
-    source, _ = bert_records.load([str(path)], **SIZES, max_bad_records=1)
+        read_all(experiment_of(path))
+    source, *_ = bert_records.load([str(path)], **SIZES, max_bad_records=1)
     assert source.num_examples == 4
 
 
@@ -142,9 +182,8 @@ def test_a_value_out_of_range_is_named(name, value, allowed, tmp_path):
     arrays = {key: array.copy() for key, array in ARRAYS.items()}
     arrays[name][3, 0] = value
     write_records(path, arrays)
-    kind = type("Records", (Records,), {"path": str(path)})
     with pytest.raises(mpl.ConfigError) as error:
-        read_all(kind())
+        read_all(experiment_of(path))
     assert str(error.value).startswith(
         f"File {path} cannot be read after 3 examples: Split train: `{name}` is "
         f"{value}, and must lie in {allowed}.")

@@ -15,7 +15,7 @@ from mpl.record.checkpoint import Checkpoints
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 KINDS = ("gpt", "lstm")
-SMALL = dict(length=16, depth=1, width=16, heads=2, global_batch_size=8, train_steps=4,
+SMALL = dict(length=16, depth=1, width=16, global_batch_size=8, train_steps=4,
              sample_chars=12, train_epochs=None, warmup_steps=0)
 
 
@@ -303,7 +303,8 @@ def test_a_run_trains_goes_on_exports_and_writes(kind, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(width=17), r"`width` \(17\) must be divisible by `heads` \(2\).*--width=18"),
+    (dict(width=17), r"`width` \(17\) must be divisible by `heads` \(4\).*--width=20"),
+    (dict(model="lstm", heads=2), r"`heads` \(2\) has no effect on `model` \(lstm\)"),
     (dict(length=4000), "less than two windows of 4000")])
 def test_bad_settings_are_named(change, message, data_dir, strategy_of):
     with pytest.raises(mpl.ConfigError, match=f"(?s){message}"):
@@ -321,7 +322,7 @@ def test_it_learns_what_three_characters_do_not_tell(
     random = np.random.default_rng(0)
     (tmp_path / "a.txt").write_text("".join(
         f"{digit}==={digit} " for digit in random.integers(0, 10, 4000)))
-    own = {"gpt": dict(learning_rate=3e-3, train_steps=300),
+    own = {"gpt": dict(learning_rate=3e-3, train_steps=300, heads=2),
            "lstm": dict(learning_rate=2e-2, train_steps=600, lr_schedule="cosine")}
     settings = {"lr_schedule": "constant", **own[kind]}
     experiment = prepared(

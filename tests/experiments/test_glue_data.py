@@ -58,15 +58,15 @@ def test_a_file_without_labels(name, tmp_path):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("sst2", SST2[:-3], "line 3 has 1 columns, and must have 2: sentence, label"),
+    ("sst2", SST2[:-3] + "\n", "line 3 has 1 columns, and must have 2: sentence, "),
     ("sst2", SST2 + "good\tfine\t1\n", "line 4 has 3 columns, and must have 2"),
     ("sst2", SST2 + "good\t2\n", "line 4 has the label '2', and must have 0 or 1"),
     ("sst2", SST2[15:], "line 1 names the columns .* not those of SST-2, .'sentence'"),
     ("sst2", "sentence\tlabel\n", "line 2 is missing: the file has no examples"),
     ("cola", "", "line 1 is missing: the file has no examples"),
-    ("cola", COLA[:-23], "line 2 has 2 columns, and must have 4: source, label, mark"),
+    ("cola", COLA[:-23] + "\n", "line 2 has 2 columns, and must have 4: source"),
     ("cola", COLA + "l\tno\t\tYes.\n", "line 3 has the label 'no'"),
-    ("mrpc", MRPC[:-12], "line 3 has 4 columns, and must have 5: Quality, #1 ID"),
+    ("mrpc", MRPC[:-12] + "\n", "line 3 has 4 columns, and must have 5: Quality, #1"),
     ("mrpc", MRPC + "-1\t1\t2\ta\tb\n", "line 4 has the label '-1'"),
 ])
 def test_a_bad_file_is_named_by_line(name, text, message, tmp_path):
@@ -75,6 +75,20 @@ def test_a_bad_file_is_named_by_line(name, text, message, tmp_path):
         glue.load(str(tmp_path), name, "train")
     assert error.value.cause.startswith(f"File {path}, line ")
     assert error.value.remedy.startswith("Take the file from https://gluebenchmark.com")
+
+
+@pytest.mark.parametrize("name, text", [
+    *((name, text) for name, (text, *_) in LAYOUTS.items()),
+    *((name, text) for name, (text, _) in TESTS.items())])
+def test_a_file_that_is_cut_off_is_named(name, text, tmp_path):
+    """Wherever in its last line: often that is a text, of which any part is one."""
+    line = text.count("\n")
+    for end in range(text.rindex("\n", 0, -1) + 2, len(text)):
+        path = write(tmp_path, "test.tsv", text[:end])
+        with pytest.raises(mpl.ConfigError) as error:
+            glue.read_texts(path, name)
+        assert error.value.cause == (
+            f"File {path}, line {line} has no end: the file is cut off.")
 
 
 def test_missing_files_and_tasks_without(tmp_path):

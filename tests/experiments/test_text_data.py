@@ -45,6 +45,11 @@ def test_what_is_no_text_is_named(content, words, tmp_path):
         text.load("train", str(tmp_path))
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffäb".encode())
+    assert text.read(str(tmp_path / "a.txt")) == "äb"
+
+
 def test_folders_and_splits_that_are_wrong(tmp_path):
     with pytest.raises(mpl.ConfigError, match="holds no .txt file"):
         text.load("train", str(tmp_path))

@@ -74,7 +74,7 @@ def test_a_vocabulary_file(tmp_path):
     (b"[PAD]\n[UNK]\n[CLS]\n", r"vocab.txt lacks \[SEP\], \[MASK\]; it has 3 pieces"),
     ("\n".join([*PIECES, "film"]).encode(),
      rf"vocab.txt, line {len(PIECES) + 1}: 'film' is there already, in line 9"),
-    (b"[PAD]\n[UNK]\n\xff\n", r"vocab.txt is no UTF-8 text: byte 0xff at offset 12"),
+    (b"[PAD]\n[UNK]\n\xff\n", r"vocab.txt is no UTF-8: byte 12 \(0xff\)"),
 ])
 def test_a_damaged_vocabulary_is_named(content, message, tmp_path):
     (tmp_path / "vocab.txt").write_bytes(content)
@@ -102,9 +102,46 @@ def test_a_vocabulary_is_made_of_frequent_words_and_endings():
         "B", "\u00c4", "##B", "##\u00c4"]
 
 
+def test_a_vocabulary_is_no_larger_than_asked_for():
+    """Of 3000 ideographs the most frequent are pieces, and the others unknown."""
+    ideographs = [chr(0x4E00 + number) for number in range(3000)]
+    texts = ["".join(ideographs), "".join(ideographs[1000:2000]), "ab ab ab"]
+    pieces = wordpiece.make(texts, 2048)
+    assert len(pieces) <= 2048
+    # (2048 - 5) // 2 characters: a, b, and of those that are there twice the rest.
+    assert len(pieces) == 5 + 2 * 1021
+    assert set(pieces[5:5 + 1021]) == {
+        "a", "b", *ideographs[1000:2000], *ideographs[:19]}
+    vocabulary = WordPieces(pieces)
+    assert vocabulary.ids(ideographs[2500]) == [vocabulary.unknown]
+    assert vocabulary.unknown not in vocabulary.ids(f"ab {ideographs[1500]}")
+    for size in (5, 6, 7, 8, 20):
+        assert len(wordpiece.make(texts, size)) <= size
+    with pytest.raises(mpl.ConfigError, match=r"`size` \(4\) must be at least 5"):
+        wordpiece.make(texts, 4)
+
+
+def test_the_program_says_what_is_wrong(tmp_path, capsys):
+    path, folder = str(tmp_path / "vocab.txt"), str(tmp_path / "none" / "vocab.txt")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    for argv, cause in (
+        ([path, f"{tmp_path}/none.txt"], f"File {tmp_path}/none.txt cannot be read: "),
+        ([path, f"{tmp_path}/a.txt"], f"File {tmp_path}/a.txt is no UTF-8: byte 0"),
+        ([path, "--size=4"], "`size` (4) must be at least 5"),
+        ([folder], f"`vocab` ({folder}) cannot be written: "),
+    ):
+        assert wordpiece.main(argv) == 1
+        out, err = capsys.readouterr()
+        assert err.startswith(cause) and len(err.splitlines()) == 2 and not out
+    with pytest.raises(SystemExit, match="2"):
+        wordpiece.main([path, "--size=many"])
+    assert "--size: invalid int value: 'many'" in capsys.readouterr().err
+    assert not (tmp_path / "vocab.txt").exists()
+
+
 def test_the_program_writes_the_default_vocabulary(tmp_path, capsys):
     path = tmp_path / "vocab.txt"
-    wordpiece.main([str(path), "--size=2000"])
+    assert wordpiece.main([str(path), "--size=2000"]) == 0
     assert capsys.readouterr().out == f"{path}: 2000 pieces\n"
     pieces = wordpiece.make(documentation.load("train"), 2000)
     assert wordpiece.read(str(path)).pieces == pieces
