@@ -31,7 +31,7 @@ SMALL: dict[str, dict] = {
     "bert": {"layers": 1, "hidden": 16, "heads": 2, "length": 16, "masked": 4,
              "global_batch_size": 64, "warmup_steps": 0},
     "char_lm": {"depth": 1, "width": 16, "heads": 2, "length": 16,
-                "global_batch_size": 256},
+                "global_batch_size": 256, "warmup_steps": 0},
     "cifar_resnet": {"depth": 8},
     "digits": {"hidden": 8},
     "distill": {"hidden": 8},
@@ -65,7 +65,7 @@ def test_it_runs_in_each_policy_and_on_several_devices(name, tmp_path, capsys):
     kind, settings = binaries.launched(name)
     settings |= {
         "train_epochs": None, "global_batch_size": 16, "summary_every_steps": 0,
-        # One that float16 needs not try: no step may be skipped.
+        # With which float16 skips no step.
         "loss_scale": 128.0, "workdir": str(tmp_path / "run"),
         **SMALL.get(name, {})}
     for step, (policy, replicas) in enumerate(RUNS, 1):
