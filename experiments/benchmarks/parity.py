@@ -3,11 +3,11 @@
     python -m experiments.benchmarks.parity --out=runs/parity [--binaries=digits] \\
       [-- --train_epochs=5]
 
-For each binary: trainings under each policy and seed by `mpl.tools.compare`; and where
-`fit` can have its loop and its model, the same by `fit`, each after its own. Flags after
--- are the binaries', in place of those in CUT_SHORT. Expected: the table in parity.md
-and parity.json. What was interrupted goes on when it is started again. Exit code 1: a
-binary failed.
+For each binary: trainings under each policy and seed by `mpl.tools.compare`, each
+followed by the same one by `fit`, where that can have its loop and its model. Flags
+after -- are the binaries', in place of those in CUT_SHORT. Expected: the table in
+parity.md and parity.json. What was interrupted goes on when it is started again. Exit
+code 1: a binary failed.
 """
 
 import datetime
@@ -34,6 +34,7 @@ CUT_SHORT = {
     "char_lm": ("--train_epochs=2",),
 }
 GOAL = 1.25  # time of fit ÷ that of mpl, from the start of a process to its end
+_COMMAND = ("python", "-m", "experiments.benchmarks.parity")
 _HEAD = ("binary", "policy", "metric", "mean ± sd", "− reference's", "within 2 sd",
          "training [s]", "process [s]", "peak [MB]", "by fit", "fit ÷ mpl, training",
          "fit ÷ mpl, process")
@@ -71,7 +72,7 @@ def measure(
                 no_fit[policy] = reason
             else:
                 fits[policy].append(result)
-    compare.run(command, policies, seeds, str(out / "mpl"))  # puts what is done together
+    compare.run(command, policies, seeds, str(out / "mpl"))  # all of them, in one file
     found = json.loads((out / "mpl" / "compare.json").read_text("utf-8"))
     return {"command": shlex.join(command), "no_fit": no_fit,
             **figures(found, fits)}
@@ -177,10 +178,10 @@ def markdown(content: Mapping[str, Any]) -> str:
         "Training is blocks of steps, tracing included, without evaluation and saving; "
         "process is from start to end, imports, evaluation and saving included (`fit` "
         "saves nothing).",
-        "Whole processes also differ in what is no loop: that of `fit` imports mpl too, "
-        "for the model and the data (0.2 s); mpl keeps Python's garbage collector from "
-        "what TensorFlow's import makes, `fit` is measured without that. So judge the "
-        "loops by training.",
+        "Whole processes also differ in what is no loop: that of `fit` imports mpl, "
+        "too, for the model and the data (0.2 s); mpl keeps Python's garbage collector "
+        "from what TensorFlow's import makes, and `fit` does without that. So judge "
+        "the loops by training.",
         f"`fit` ÷ mpl in whole processes should be at least {GOAL}; below: "
         f"{', '.join(below) or 'none'}."]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
@@ -205,7 +206,8 @@ def run(
                           f"Use some of {', '.join(binaries.names())}.")
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
-        "command": shlex.join(sys.argv), "machine": machine.describe(), "binaries": {},
+        "command": shlex.join([*_COMMAND, *sys.argv[1:]]),
+        "machine": machine.describe(), "binaries": {},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     for name in names:
         cut = () if extra else CUT_SHORT.get(name, ())
@@ -226,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Reads a command line, by default this process's; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    parser = Parser("python -m experiments.benchmarks.parity", allow_abbrev=False,
+    parser = Parser(shlex.join(_COMMAND), allow_abbrev=False,
                     description="Policies over seeds, and Keras's fit beside each.")
     add = parser.add_argument
     default = [name for name in binaries.names() if name not in LEFT_OUT]
