@@ -29,6 +29,15 @@ from mpl.precision import loss_scale
 
 FILE = "fit.json"
 _STEPS = 32  # of an execution, or more: twice as many gained nothing in the benchmark
+# Flags that `fit` does not heed, and the values with which there is nothing to heed.
+NEUTRAL: dict[str, tuple] = {
+    "accumulate_steps": (1,), "ema_decay": (None,), "init_from": (None,),
+    "early_stop": (None,), "loss_scale": ("auto", "none", "dynamic"),
+    "strategy": ("auto", "one_device"), "num_devices": (None, 1),
+    "visible_devices": (None,), "gpu_memory_limit_mb": (None,), "tpu": (None,),
+    "reduce_dtype": ("float32",), "jit_compile": ("auto", False),
+    "debug_eager": (False,), "deterministic": (False,), "on_nonfinite": ("skip",),
+}
 
 
 class Fit(keras.Model):
@@ -95,9 +104,12 @@ def why_not(kind: type[mpl.Experiment], config: mpl.RunConfig) -> str | None:
     """Returns what `fit` cannot do of an experiment; None: nothing."""
     if kind.train_step is not mpl.Experiment.train_step:
         return "a loop of its own"
-    if config.accumulate_steps > 1 or config.ema_decay is not None:
-        return "micro-batches or averages"
-    return None
+    if config.strategy == "auto" and config.num_devices is None and len(
+            tf.config.get_visible_devices("GPU")) > 1:
+        return "several GPUs, all of which mpl takes"
+    given = [f"--{name}" for name, values in NEUTRAL.items()
+             if getattr(config, name) not in values]
+    return f"mpl alone heeds {', '.join(given)}" if given else None
 
 
 def why_not_model(experiment: mpl.Experiment) -> str | None:

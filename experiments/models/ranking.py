@@ -1,10 +1,12 @@
 """How well probabilities rank: metrics that look at each label and average over them.
 
 They count scores in equal steps of log odds, not of probability as Keras's do, so that
-confident predictions, which are all near 0 or 1, do not fall together.
+confident predictions, which are all near 0 or 1, do not fall together. They are NaN
+once a probability was no number from 0 to 1.
 """
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 BINS = 1000
@@ -41,16 +43,20 @@ class _Ranking(keras.metrics.Metric):
         weights = tf.ones_like(probability)
         if sample_weight is not None:
             weights *= tf.cast(sample_weight, weights.dtype)[:, tf.newaxis]
+        bad = (weights > 0) & ~tf.math.is_finite(odds)
+        weights = tf.where(bad, np.nan, weights)
         size = 2 * BINS * num_labels
         counts = tf.math.unsorted_segment_sum(weights, place, size)
         self.counts.assign_add(tf.reshape(counts, self.counts.shape))
 
     def _average(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns the mean over the labels of which both kinds were seen; else 0."""
+        """Returns the mean over the labels of which both kinds were seen, or 0."""
         counts = tf.convert_to_tensor(self.counts)
         both = tf.reduce_all(tf.reduce_sum(counts, 1) > 0, 0)
         total = tf.reduce_sum(tf.where(both, values, 0.0))
-        return tf.math.divide_no_nan(total, tf.reduce_sum(tf.cast(both, total.dtype)))
+        mean = tf.math.divide_no_nan(total, tf.reduce_sum(tf.cast(both, total.dtype)))
+        known = tf.reduce_all(tf.math.is_finite(counts))
+        return tf.where(known, mean, np.nan)
 
 
 class AUC(_Ranking):

@@ -1,5 +1,6 @@
 """Keras's `fit` of a binary: the same model, data, loss and evaluations as mpl's."""
 
+import dataclasses
 import json
 
 import keras
@@ -105,14 +106,51 @@ def test_float16_is_scaled_and_the_gradient_clipped():
 
 @pytest.mark.parametrize("kind, settings, reason", [
     (gan_digits.GanDigits, {}, "a loop of its own"),
-    (digits.Digits, {"ema_decay": 0.9}, "micro-batches or averages"),
-    (digits.Digits, {"accumulate_steps": 2}, "micro-batches or averages"),
+    (digits.Digits, {"ema_decay": 0.9}, "mpl alone heeds --ema_decay"),
+    (digits.Digits, {"accumulate_steps": 2, "early_stop": "loss:3"},
+     "mpl alone heeds --accumulate_steps, --early_stop"),
+    (digits.Digits, {"loss_scale": 1024}, "mpl alone heeds --loss_scale"),
+    (digits.Digits, {"strategy": "mirrored", "num_devices": 2},
+     "mpl alone heeds --strategy, --num_devices"),
+    (digits.Digits, {"reduce_dtype": "compute"}, "mpl alone heeds --reduce_dtype"),
+    (digits.Digits, {"init_from": "runs/x"}, "mpl alone heeds --init_from"),
+    (digits.Digits, {"on_nonfinite": "stop", "jit_compile": True},
+     "mpl alone heeds --jit_compile, --on_nonfinite"),
+    (digits.Digits, {"strategy": "one_device", "num_devices": 1}, None),
+    (digits.Digits, {"loss_scale": "dynamic"}, None),
+    (digits.Digits, {"jit_compile": False, "loss_scale": "none"}, None),
     (digits.Digits, {}, None)])
 def test_what_fit_cannot_do(kind, settings, reason):
     config = (kind.Config or mpl.RunConfig)(**settings)
     assert fit.why_not(kind, config) == reason
     if reason:
         assert fit.run(kind, config) == {"why_not": reason}
+
+
+def test_several_gpus_are_mpls_alone(monkeypatch):
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [kind] * 2)
+    reasons = [fit.why_not(digits.Digits, digits.Config(**settings)) for settings in (
+        {}, {"num_devices": 1}, {"strategy": "one_device"})]
+    assert reasons == ["several GPUs, all of which mpl takes", None, None]
+
+
+def test_no_flag_is_dropped_in_silence():
+    """Each flag of mpl is heeded, refused, or one that training does not depend on."""
+    heeded = set(
+        "workdir data_dir max_bad_records policy loss_scale global_batch_size "
+        "train_steps train_epochs eval_every_steps eval_every_epochs seed optimizer "
+        "learning_rate lr_schedule warmup_steps weight_decay clip_norm".split())
+    indifferent = set(
+        "mode resume device_report cluster_timeout communication bucket_mb "
+        "steps_per_loop checkpoint_every_steps checkpoint_every_secs max_to_keep "
+        "keep_every_steps async_checkpoints best_metric log_every_steps "
+        "summary_every_steps histogram_every_steps profile_steps "
+        "allow_changed_flags max_consecutive_skips preemption_signal watchdog_secs "
+        "export_weights saved_model input output".split())
+    fields = {field.name for field in dataclasses.fields(mpl.RunConfig)}
+    assert heeded | indifferent | set(fit.NEUTRAL) == fields
+    assert not heeded & indifferent and not indifferent & set(fit.NEUTRAL)
+    assert heeded & set(fit.NEUTRAL) == {"loss_scale"}
 
 
 def test_a_module_is_left_out_where_somebody_must_cast():

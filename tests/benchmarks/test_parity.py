@@ -61,6 +61,62 @@ def test_without_fit_and_with_one_seed():
     assert row[3:6] == ["0.25", "-0.25", "–"] and row[-3:] == ["–"] * 3
 
 
+def test_mpl_and_fit_take_turns_policy_by_policy(tmp_path, monkeypatch):
+    done = []
+
+    def by_mpl(command, policies, seeds, out):
+        done.extend(("mpl", policy, seed) for seed in seeds for policy in policies
+                    if ("mpl", policy, seed) not in done)
+        assert command[2:] == ["experiments.toy", "--mode=train_and_eval", "--hidden=8"]
+        content = compared(float32=[0.5, 0.75], native=[0.5, 0.5])
+        parity.report.write_json(pathlib.Path(out) / "compare.json", content)
+
+    def by_fit(name, extra, policy, seed, out):
+        done.append(("fit", policy, seed))
+        assert (name, extra, out) == ("toy", ["--hidden=8"], tmp_path / "fit")
+        return {"why_not": "a loop"} if policy == "native" else FITS[seed]
+
+    monkeypatch.setattr(parity.compare, "run", by_mpl)
+    monkeypatch.setattr(parity, "_fit_once", by_fit)
+    (tmp_path / "mpl").mkdir()
+    got = parity.measure(
+        "toy", ["--hidden=8"], ["float32", "native"], [0, 1], tmp_path)
+    assert done == [
+        ("mpl", "float32", 0), ("fit", "float32", 0), ("mpl", "native", 0),
+        ("fit", "native", 0), ("mpl", "float32", 1), ("fit", "float32", 1),
+        ("mpl", "native", 1)]
+    assert got["no_fit"] == {"native": "a loop"} and got["seeds"] == [0, 1]
+    assert got["policies"]["float32"]["fit_final"]["values"] == [0.5, 0.75]
+    assert list(got["policies"]) == ["float32", "native"]
+
+
+@pytest.mark.parametrize("given", [[], ["--depth=14"]])
+def test_what_takes_too_long_is_cut_short_and_named(given, tmp_path, monkeypatch):
+    asked = {}
+
+    def measure(name, extra, policies, seeds, out):
+        asked[name] = list(extra)
+        return {"command": "x", "no_fit": {}, **parity.figures(
+            compared(float32=[0.5, 0.75]), {})}
+
+    monkeypatch.setattr(parity, "measure", measure)
+    names = ["cifar_resnet", "digits"]
+    assert parity.run(names, given, ["float32"], [0, 1], tmp_path)
+    cut = ["--depth=8", "--global_batch_size=32", "--train_epochs=4"]
+    assert asked == {"cifar_resnet": given or cut, "digits": given}
+    note = f"- cifar_resnet is cut short by {' '.join(cut)}: as it is, it takes "
+    assert (note in table(tmp_path)) == (not given)
+    assert "- digits is cut short" not in table(tmp_path)
+    assert "- Left out: imagenet_resnet, one of whose steps takes " in table(tmp_path)
+    content = json.loads((tmp_path / "parity.json").read_text())["binaries"]
+    noted = content["cifar_resnet"].get("cut_short")
+    assert noted == (None if given else " ".join(cut))
+
+
+def test_binaries_that_are_cut_short_or_left_out_are_there():
+    assert {*parity.CUT_SHORT, *parity.LEFT_OUT} <= set(parity.binaries.names())
+
+
 def table(out):
     return (out / "parity.md").read_text(encoding="utf-8")
 
@@ -84,6 +140,7 @@ def test_what_fails_is_told_and_the_rest_measured(tmp_path, monkeypatch, capsys)
     assert "- gan_digits failed: It ended with exit code 1. See its log.\n" in text
     assert "| digits | float32 | test accuracy | 0.625 ± 0.18 | 0 ± 0 | – |" in text
     assert "should be at least 1.25; below: none.\n" in text
+    assert "judge the loops by training" in text
     content = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert list(content["binaries"]) == ["gan_digits", "digits"]
     assert content["machine"]["cores"] >= 1 and content["date"].startswith("20")
@@ -123,7 +180,7 @@ def test_the_table_of_digits(tmp_path):
         done = subprocess.run(command, cwd=ROOT, timeout=300, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout
-        assert ("done before" in done.stdout) == again
+        assert done.stdout.count(": starts, see ") == (0 if again else 4)
     row = json.loads((tmp_path / "parity.json").read_text())["binaries"]["digits"]
     assert row["no_fit"] == {} and row["metric"] == "test accuracy"
     for policy in ("float32", "mixed_float16"):
@@ -133,6 +190,8 @@ def test_the_table_of_digits(tmp_path):
                      "fit_over_mpl_process"):
             assert figures[name]["values"][0] > 0, (policy, name)
     assert "| digits | mixed_float16 | test accuracy |" in table(tmp_path)
+    start = f"    python -m experiments.benchmarks.parity --out={tmp_path} --binaries="
+    assert start in table(tmp_path)
     left = subprocess.run(
         ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, timeout=10)
     assert left.stdout == ""

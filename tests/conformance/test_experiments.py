@@ -65,7 +65,8 @@ def test_it_runs_in_each_policy_and_on_several_devices(name, tmp_path, capsys):
     kind, settings = binaries.launched(name)
     settings |= {
         "train_epochs": None, "global_batch_size": 16, "summary_every_steps": 0,
-        "loss_scale": "dynamic", "workdir": str(tmp_path / "run"),
+        # With which float16 skips no step.
+        "loss_scale": 128.0, "workdir": str(tmp_path / "run"),
         **SMALL.get(name, {})}
     for step, (policy, replicas) in enumerate(RUNS, 1):
         results = mpl.run(
@@ -75,8 +76,9 @@ def test_it_runs_in_each_policy_and_on_several_devices(name, tmp_path, capsys):
         assert (f"Going on at step {step - 1} of {step}" in out) == (step > 1)
         assert f"{replicas} replica" in out
         train = results.pop("train")
-        assert train["applied_steps"] + train["skipped_steps"] == step
-        assert train["applied_steps"] >= 1 and np.isfinite(train["grad_norm"])
+        # They count on over restarts.
+        assert (train["applied_steps"], train["skipped_steps"]) == (step, 0)
+        assert np.isfinite(train["grad_norm"])
         assert results and all(map(finite, results.values()))
         # Replicas draw each for itself what is random in predictions.
         random = name == "gan_digits" and replicas > 1

@@ -138,6 +138,8 @@ def test_metrics_are_of_all_replicas(strategy_of, tmp_path):
     ({"task": "binary"}, "does not go with the labels of .*imagemnist.npz: 1 a rec"),
     ({"dataset": "pathmnist"}, "must name one .npz file"),
     ({"specificity": 1.0}, "`specificity`"),
+    ({"dataset": "breast_cancer", "data_dir": None, "filters": 9},
+     r"`filters` \(9\) has no effect on `dataset` \(breast_cancer\)"),
 ])
 def test_settings_that_do_not_fit_are_refused(changes, message, strategy_of, tmp_path):
     folder = folder_of(tmp_path / "data", "image", "multi_class")

@@ -58,6 +58,21 @@ def test_labels_are_averaged_and_batches_added():
     assert float(metric.result()) == 0.0
 
 
+@pytest.mark.parametrize("metric", [ranking.AUC(2), sensitivity(0.5, 2)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_has_no_rank(metric, bad):
+    label = np.array([[0, 0], [1, 1]])
+    probability = np.array([[0.1, 0.2], [bad, 0.8]])
+    assert np.isnan(value(metric, label, probability))
+    assert np.isnan(value(metric, label, [[0.1, 0.2], [0.9, 0.8]]))  # not forgotten
+    metric.reset_state()
+    assert value(metric, label, [[0.1, 0.2], [0.9, 0.8]]) == 1.0
+    metric.reset_state()
+    # An example of weight 0 counts nothing, whatever it scores.
+    label, probability = np.eye(2)[[0, 1, 0]], [[0.9, 0.2], [0.1, 0.8], [bad, bad]]
+    assert value(metric, label, probability, [1, 1, 0]) == 1.0
+
+
 @pytest.mark.parametrize("specificity", [0.5, 0.9, 0.99])
 def test_many_scores_against_counting(specificity):
     random = np.random.default_rng(0)
