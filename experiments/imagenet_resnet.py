@@ -59,6 +59,13 @@ class Config(mpl.RunConfig):
     synthetic: bool = mpl.option(
         False, "Random pixels instead of images, to measure speed.")
 
+    def validate(self) -> None:
+        super().validate()
+        if self.synthetic and self.data_dir is not None:
+            raise mpl.ConfigError(
+                f"`data_dir` ({self.data_dir}) is not read with `synthetic`.",
+                "Leave one of the two out.")
+
 
 class ImagenetResnet(mpl.Experiment):
     """Photographs of 1,000 kinds of things."""

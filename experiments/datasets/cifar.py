@@ -81,8 +81,6 @@ def load(
                 f"`dataset` ({name}) and `holdout` ({str(holds_out).lower()}) are of "
                 "CIFAR, and `data_dir` is not set.",
                 "Set --data_dir, or leave all three out for the embedded digits.")
-        logging.info("%s data: embedded 8×8 digits, enlarged; not CIFAR, for which "
-                     "there is --data_dir", split)
         return digits.load_enlarged(split, factor=4, channels=3)
     if split == "validation" and not holds_out:
         return None

@@ -156,6 +156,12 @@ def test_synthetic_pixels_are_named(strategy_of, capsys):
     assert "synthetic train: random pixels" in capsys.readouterr().out
 
 
+def test_synthetic_pixels_do_not_stand_for_a_folder():
+    with pytest.raises(mpl.ConfigError, match=r"`data_dir` \(imagenet\) is not read .*"
+                       r"`synthetic`.*\nLeave one of the two out"):
+        Config(synthetic=True, data_dir="imagenet")
+
+
 def test_without_records_nothing_is_trained(strategy_of):
     with pytest.raises(mpl.ConfigError, match="(?s)Split train: .*image-net.org"):
         prepared(strategy_of(1), policy="float32")
