@@ -13,8 +13,8 @@ from whole_runs import POLICIES, predictions, resumed, run, two_steps
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write(tmp_path / "cifar")
+def folder(tmp_path, monkeypatch):
+    return write(tmp_path / "cifar", monkeypatch)
 
 
 def prepared(strategy, **settings):
@@ -54,6 +54,41 @@ def test_a_shortcut_has_every_second_pixel_and_zeros():
     np.testing.assert_array_equal(shortcut[..., 8:24], before[:, ::2, ::2])
     assert before.any() and not shortcut[..., :8].numpy().any()
     assert not shortcut[..., 24:].numpy().any()
+
+
+def test_a_stride_takes_the_pixels_that_the_shortcut_takes():
+    """As in the paper: one pixel of zeros on each side, kernels on even pixels."""
+    model = resnet(8, 10)
+    layers = model.layers
+    number, = (i for i, layer in enumerate(layers) if layer.name.startswith("conv")
+               and layer.filters == 32 and layer.strides == (2, 2))
+    convolution = layers[number]
+    before = next(layer for layer in layers[number::-1] if isinstance(
+        layer, keras.layers.ReLU))
+    kernel = np.zeros((3, 3, 16, 32), np.float32)
+    kernel[1, 1, :, :16] = np.eye(16)
+    kernel[0, 2, :, 16:] = np.eye(16)
+    convolution.kernel.assign(kernel)
+    image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    x, y = keras.Model(model.input, [before.output, convolution.output])(image)
+    around = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    np.testing.assert_allclose(y[..., :16], x.numpy()[:, ::2, ::2], rtol=1e-6)
+    np.testing.assert_allclose(y[..., 16:], around[:, 0:32:2, 2:34:2], rtol=1e-6)
+
+
+def test_images_of_cifar_are_surrounded_by_its_mean(folder, strategy_of):
+    """As in the paper, whose images are padded when the mean is 0."""
+    experiment = prepared(strategy_of(1), data_dir=folder, global_batch_size=16)
+    batch = next(iter(experiment.pipelines["train"].dataset()))
+    corners = {tuple(pixel) for row, column in ((0, 0), (0, 31), (31, 0), (31, 31))
+               for pixel in batch["image"][:, row, column].numpy()}
+    assert (120, 120, 120) in corners and (0, 0, 0) not in corners
+    digits = prepared(strategy_of(1), global_batch_size=16)
+    batch = next(iter(digits.pipelines["train"].dataset()))
+    assert not (batch["image"].numpy() == 120).any()
+    rescaling = next(layer for layer in experiment.model.layers
+                     if isinstance(layer, keras.layers.Rescaling))
+    assert not rescaling(np.full((1, 1, 1, 3), 120, np.uint8)).numpy().any()
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -143,8 +178,8 @@ def test_it_learns_digits(tmp_path):
 
 
 @pytest.mark.slow
-def test_cifar100_runs_without_validation(tmp_path):
-    folder = write(tmp_path / "data", "cifar100", 20)
+def test_cifar100_runs_without_validation(tmp_path, monkeypatch):
+    folder = write(tmp_path / "data", monkeypatch, "cifar100", 20)
     results = run(CifarResnet, tmp_path / "run", data_dir=folder, dataset="cifar100",
                   holdout=False, depth=8, global_batch_size=10, train_epochs=1)
     assert results.keys() == {"train", "test"}
