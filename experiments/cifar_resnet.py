@@ -29,6 +29,7 @@ import mpl
 from experiments.datasets import cifar
 from experiments.datasets.crops import crop_and_mirror
 from experiments.models.resnet import resnet
+from experiments.optimizers.momentum import set_momentum
 
 MEAN, STDDEV = 120, 64  # of CIFAR's pixels, 0 to 255, about
 
@@ -86,8 +87,7 @@ class CifarResnet(mpl.Experiment):
 
     def build_optimizer(self, config):
         optimizer = super().build_optimizer(config)
-        if isinstance(optimizer, keras.optimizers.SGD):
-            optimizer.momentum = config.momentum  # its slots are made later
+        set_momentum(optimizer, config, keras.optimizers.SGD)
         return optimizer
 
     def loss(self, batch, training):

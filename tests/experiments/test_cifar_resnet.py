@@ -101,6 +101,18 @@ def test_wrong_settings(settings, message):
         Config(**settings)
 
 
+def test_momentum_is_of_sgd_alone(strategy_of):
+    sgd = prepared(strategy_of(1), momentum=0.5)
+    assert sgd.optimizer.inner.momentum == 0.5
+    adam = prepared(strategy_of(1), optimizer="adam")
+    assert not hasattr(adam.optimizer.inner, "momentum")
+    with pytest.raises(mpl.ConfigError) as error:
+        prepared(strategy_of(1), optimizer="rmsprop", momentum=0.5)
+    assert str(error.value) == (
+        "`momentum` (0.5) has no effect on `optimizer` (rmsprop).\n"
+        "Leave it out, or use --optimizer=sgd.")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
