@@ -22,7 +22,6 @@ import dataclasses
 import functools
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 import mpl
@@ -105,8 +104,7 @@ class CifarResnet(mpl.Experiment):
     def read_input(self, path):  # a file of the set
         if path.endswith(".bin"):
             images, _ = cifar.read(path, self.config.dataset)
-            count = -(-len(images) // self.config.global_batch_size)
-            return [{"image": part} for part in np.array_split(images, count)]
+            return [{"image": images}]
 
 
 if __name__ == "__main__":

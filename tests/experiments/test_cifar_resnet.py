@@ -182,6 +182,14 @@ def test_resume_export_predict(folder, tmp_path):
     np.testing.assert_allclose(predictions(tmp_path / "parts"), got, atol=1e-6)
 
 
+def test_a_file_to_predict_is_read_whole(folder):
+    experiment = CifarResnet()
+    experiment.config = Config(global_batch_size=4)
+    part, = experiment.read_input(f"{folder}/cifar-10-batches-bin/test_batch.bin")
+    want = records(5, 8)[:, 1:].reshape(8, 3, 32, 32).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(part["image"], want)
+
+
 @pytest.mark.slow
 def test_it_learns_digits(tmp_path):
     results = run(CifarResnet, tmp_path, depth=8, global_batch_size=32, train_epochs=4,
