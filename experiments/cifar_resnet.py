@@ -22,13 +22,15 @@ import dataclasses
 import functools
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 import mpl
 from experiments.datasets import cifar
 from experiments.datasets.crops import crop_and_mirror
 from experiments.models.resnet import resnet
+from experiments.optimizers.momentum import set_momentum
+
+MEAN, STDDEV = 120, 64  # of CIFAR's pixels, 0 to 255, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,24 +71,22 @@ class CifarResnet(mpl.Experiment):
         examples = cifar.load(split, folder, config.dataset, config.holdout)
         if split != "train" or examples is None:
             return examples
-        # A digit's mirror image is none.
-        augment = functools.partial(crop_and_mirror, mirrors=folder is not None)
-        return mpl.ArraySource(examples, augment)
+        # A digit's mirror image is none, and around it it is black.
+        own = {"mirrors": False} if folder is None else {"grey": MEAN}
+        return mpl.ArraySource(examples, functools.partial(crop_and_mirror, **own))
 
     def build_model(self):
         config = self.config
         return resnet(
             config.depth, cifar.SETS[config.dataset].num_classes,
-            # Of CIFAR's pixels 120 is about the mean, and 64 the standard deviation.
-            keras.layers.Rescaling(1 / 64, -120 / 64, dtype="float32"),
+            keras.layers.Rescaling(1 / STDDEV, -MEAN / STDDEV, dtype="float32"),
             projection=config.shortcut == "projection", momentum=0.9,
             kernel_initializer="he_normal",
             kernel_regularizer=keras.regularizers.L2(config.kernel_decay / 2))
 
     def build_optimizer(self, config):
         optimizer = super().build_optimizer(config)
-        if isinstance(optimizer, keras.optimizers.SGD):
-            optimizer.momentum = config.momentum  # its slots are made later
+        set_momentum(optimizer, config, keras.optimizers.SGD)
         return optimizer
 
     def loss(self, batch, training):
@@ -104,8 +104,7 @@ class CifarResnet(mpl.Experiment):
     def read_input(self, path):  # a file of the set
         if path.endswith(".bin"):
             images, _ = cifar.read(path, self.config.dataset)
-            count = -(-len(images) // self.config.global_batch_size)
-            return [{"image": part} for part in np.array_split(images, count)]
+            return [{"image": images}]
 
 
 if __name__ == "__main__":

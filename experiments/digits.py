@@ -32,7 +32,7 @@ class Digits(mpl.Experiment):
     ranges = {"image": (0, 16), "label": (0, digits.NUM_CLASSES - 1)}
 
     def build_data(self, split, context):
-        return digits.load(split)
+        return digits.load(split, context.data_dir)
 
     def build_model(self):
         return keras.Sequential([

@@ -20,7 +20,7 @@ class GanDigits(mpl.Experiment):
     """A generator and a discriminator of 8×8 digits, given the class."""
 
     def build_data(self, split, context):
-        return digits.load(split)
+        return digits.load(split, context.data_dir)
 
     def build_model(self):
         layers = keras.layers

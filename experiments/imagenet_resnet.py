@@ -36,7 +36,8 @@ import tensorflow as tf
 import mpl
 from experiments.datasets import imagenet
 from experiments.models import bottleneck
-from experiments.optimizers import lars  # noqa: F401  (a name for --optimizer)
+from experiments.optimizers import lars
+from experiments.optimizers.momentum import set_momentum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,13 @@ class Config(mpl.RunConfig):
     image_size: int = mpl.option(224, "Height and width in pixels.", minimum=32)
     synthetic: bool = mpl.option(
         False, "Random pixels instead of images, to measure speed.")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.synthetic and self.data_dir is not None:
+            raise mpl.ConfigError(
+                f"`data_dir` ({self.data_dir}) is not read with `synthetic`.",
+                "Leave one of the two out.")
 
 
 class ImagenetResnet(mpl.Experiment):
@@ -87,8 +95,7 @@ class ImagenetResnet(mpl.Experiment):
         optimizer = super().build_optimizer(config)
         if config.optimizer == "lars":  # its rates depend on what is added
             optimizer.l2 = config.l2
-        if hasattr(optimizer, "momentum"):
-            optimizer.momentum = config.momentum
+        set_momentum(optimizer, config, keras.optimizers.SGD, lars.Lars)
         return optimizer
 
     def loss(self, batch, training):
@@ -101,8 +108,9 @@ class ImagenetResnet(mpl.Experiment):
         return mpl.LossOutput(losses, batch["weight"], (batch["label"], logits))
 
     def metrics(self):
-        return {"top_1": keras.metrics.SparseCategoricalAccuracy(),
-                "top_5": keras.metrics.SparseTopKCategoricalAccuracy(5)}
+        prefix = "synthetic_" if self.config.synthetic else ""
+        return {f"{prefix}top_1": keras.metrics.SparseCategoricalAccuracy(),
+                f"{prefix}top_5": keras.metrics.SparseTopKCategoricalAccuracy(5)}
 
     def predict(self, batch):
         return tf.nn.softmax(self.model(batch["image"], training=False))

@@ -57,9 +57,7 @@ class MnistCnn(mpl.Experiment):
 
     def read_input(self, path):  # an IDX file of images
         if "idx3-ubyte" in path:
-            images = mnist.read_images(path)[..., np.newaxis]
-            count = -(-len(images) // self.config.global_batch_size)
-            return [{"image": part} for part in np.array_split(images, count)]
+            return [{"image": mnist.read_images(path)[..., np.newaxis]}]
 
 
 if __name__ == "__main__":

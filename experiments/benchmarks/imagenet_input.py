@@ -9,6 +9,7 @@ Without --data_dir the records are written first, in ImageNet's form and of its 
 JPEGs of some 500×375 pixels and 110 to 140 KB. What came out is in BUILD_NOTES.md.
 """
 
+import argparse
 import functools
 import json
 import os
@@ -20,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
 
 import mpl
 from experiments.imagenet_resnet import Config, ImagenetResnet
+from mpl.tools.command_line import Parser, code_of
 
 FILES, PER_FILE = 16, 64
 _PICTURES = 64  # different ones
@@ -31,20 +32,6 @@ _SHAPES = ((375, 500), (500, 375), (333, 500), (480, 640))
 _NOISE, _QUALITY = 14, 95
 _TURNS = 3
 _HELD_UP = 0.95  # of the speed without input, from which nobody waits
-
-
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags of this benchmark."""
-    flags.DEFINE_string("out", None, "Folder for results.json, and records.", values)
-    flags.mark_flag_as_required("out", values)
-    flags.DEFINE_string("data_dir", None, "Folder with ImageNet's records.", values)
-    flags.DEFINE_string("policy", "auto", "As of experiments.", values)
-    flags.DEFINE_string("depth", "50", "Layers of the network.", values)
-    flags.DEFINE_integer("width", 64, "Filters of its first layer.", 1, None, values)
-    flags.DEFINE_integer("image_size", 224, "Pixels.", 32, None, values)
-    flags.DEFINE_integer("batch_size", 64, "Images in a step.", 1, None, values)
-    flags.DEFINE_float("secs", 20.0, "Time for a figure.", 0.1, None, values)
-    flags.DEFINE_bool("jit_compile", False, "Compile the step with XLA.", values)
 
 
 def write_records(folder: pathlib.Path, files: int, per_file: int) -> int:
@@ -143,35 +130,49 @@ def verdict(rates: dict[str, float], cores: int) -> str:
             f"it takes some {-(-rates['training'] // per_core):.0f} cores to feed it.")
 
 
-def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Measures, prints a table, and writes results.json."""
-    if argv[1:]:
-        sys.exit(f"Unknown: {' '.join(argv[1:])}; all settings are flags, see --help.")
-    out = pathlib.Path(values.out)
-    out.mkdir(parents=True, exist_ok=True)
-    data_dir = values.data_dir
+def write(
+    out: str, data_dir: str | None, secs: float, batch_size: int, **settings: Any
+) -> None:
+    """Measures, prints a table, and writes results.json into the folder `out`.
+
+    Raises:
+        ConfigError: a setting is wrong, or there are no records.
+    """
+    config, folder = Config(global_batch_size=batch_size, **settings), pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     if data_dir is None:
-        data_dir = str(out / "records")
-        size = write_records(out / "records", FILES, PER_FILE)
+        data_dir = str(folder / "records")
+        size = write_records(folder / "records", FILES, PER_FILE)
         print(f"synthetic: {(FILES + 1) * PER_FILE} records in ImageNet's form, "
               f"{size / (FILES + 1) / PER_FILE / 1e3:.0f} KB each, in {data_dir}")
-    try:
-        config = Config(
-            global_batch_size=values.batch_size, policy=values.policy,
-            depth=values.depth, width=values.width, image_size=values.image_size,
-            jit_compile=values.jit_compile)
-        rates = measure(config, data_dir, values.secs)
-    except mpl.ConfigError as error:
-        sys.exit(str(error))
+    rates = measure(config, data_dir, secs)
     cores = os.cpu_count() or 1
     print("| | images per second |", "|---|---|", sep="\n")
     print(*(f"| {name} | {value:.1f} |" for name, value in rates.items()), sep="\n")
     print(verdict(rates, cores))
-    (out / "results.json").write_text(json.dumps(
-        {"images_per_sec": rates, "cores": cores, "batch_size": values.batch_size,
-         "policy": values.policy, "depth": values.depth}, indent=2))
+    (folder / "results.json").write_text(json.dumps(
+        {"images_per_sec": rates, "cores": cores, "batch_size": batch_size,
+         "policy": settings["policy"], "depth": settings["depth"]}, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads a command line, by default this process's."""
+    parser = Parser(
+        "python -m experiments.benchmarks.imagenet_input", allow_abbrev=False,
+        description="Images per second of reading, of training, of both.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--out", required=True, help="folder for results.json, and records")
+    add("--data_dir", help="folder with ImageNet's records; none: they are written")
+    add("--policy", default="auto", help="as of experiments")
+    add("--depth", default="50", help="layers of the network")
+    add("--width", type=int, default=64, help="filters of its first layer")
+    add("--image_size", type=int, default=224, help="pixels")
+    add("--batch_size", type=int, default=64, help="images in a step")
+    add("--secs", type=float, default=20.0, help="time for a figure")
+    add("--jit_compile", action="store_true", help="compile the step with XLA")
+    return code_of(lambda: write(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    sys.exit(main())

@@ -51,7 +51,8 @@ SETS = {
         "cifar-100-binary", ("train.bin",), ("test.bin",),
         (("coarse label", 20), ("fine label", 100))),
 }
-_NUM_IMAGES = {"train": 50_000, "test": 10_000}
+# As published, in all files of a split.
+NUM_IMAGES = {"train": 50_000, "test": 10_000}
 
 
 def load(
@@ -72,8 +73,9 @@ def load(
         None: there is no such split.
 
     Raises:
-        ConfigError: there are no such files, or one is damaged; CIFAR-100 or all
-            training images are asked for without `data_dir`.
+        ConfigError: there are no such files, one is damaged or has not as many images
+            as published; CIFAR-100 or all training images are asked for without
+            `data_dir`.
     """
     if data_dir is None:
         if name != "cifar10" or not holds_out:
@@ -81,22 +83,29 @@ def load(
                 f"`dataset` ({name}) and `holdout` ({str(holds_out).lower()}) are of "
                 "CIFAR, and `data_dir` is not set.",
                 "Set --data_dir, or leave all three out for the embedded digits.")
-        logging.info("%s data: embedded 8×8 digits, enlarged; not CIFAR, for which "
-                     "there is --data_dir", split)
         return digits.load_enlarged(split, factor=4, channels=3)
     if split == "validation" and not holds_out:
         return None
     part, layout = "test" if split == "test" else "train", SETS[name]
-    if prepared := tfds_folder.find(data_dir, name):
+    paths, missing = _find(data_dir, layout, getattr(layout, part))
+    if not missing:
+        images, labels = zip(*(read(path, name) for path in paths))
+        full = NUM_IMAGES[part] // len(paths)
+        for path, found in zip(paths, map(len, labels)):
+            if found != full:
+                raise mpl.ConfigError(
+                    f"{path} holds {found:,} images, and that file of {name} holds "
+                    f"{full:,}.", _REMEDY)
+        image, label = np.concatenate(images), np.concatenate(labels)
+    elif prepared := tfds_folder.find(data_dir, name):
         image, label = tfds_folder.load_images(
             prepared, part, (32, 32, 3), layout.num_classes)
     else:
-        paths = _find(data_dir, layout, getattr(layout, part))
-        images, labels = zip(*(read(path, name) for path in paths))
-        image, label = np.concatenate(images), np.concatenate(labels)
-    if len(label) != _NUM_IMAGES[part]:
-        logging.warning("%s holds %d images of %s, and %s has %d", data_dir, len(label),
-                        part, name, _NUM_IMAGES[part])
+        raise mpl.ConfigError(
+            f"`data_dir` ({data_dir}) lacks {', '.join(missing)}, in itself or in "
+            f"{layout.folder}.",
+            "Unpack the binary version there, or leave --data_dir out for the embedded "
+            "digits.")
     if part == "train" and holds_out:
         held_out = max(1, len(label) // 10)
         kept = slice(-held_out, None) if split == "validation" else slice(-held_out)
@@ -137,18 +146,17 @@ def read(path: str, name: str = "cifar10") -> tuple[np.ndarray, np.ndarray]:
     return planes.transpose(0, 2, 3, 1), records[:, len(labels) - 1].astype(np.int32)
 
 
-def _find(data_dir: str, layout: Layout, names: tuple[str, ...]) -> list[str]:
-    """Returns the paths of files, in the set's folder or in `data_dir` itself."""
-    lacking = []
+def _find(
+    data_dir: str, layout: Layout, names: tuple[str, ...]
+) -> tuple[list[str], list[str]]:
+    """Returns the paths of files, in the set's folder or in `data_dir` itself.
+
+    Returns:
+        The paths, and the names of files that are not there.
+    """
+    choices = []
     for place in (os.path.join(data_dir, layout.folder), data_dir):
         paths = [os.path.join(place, name) for name in names]
-        lacking.append([name for name, path in zip(names, paths)
-                        if not tf.io.gfile.exists(path)])
-        if not lacking[-1]:
-            return paths
-    missing = min(lacking, key=len)
-    raise mpl.ConfigError(
-        f"`data_dir` ({data_dir}) lacks {', '.join(missing)}, in itself or in "
-        f"{layout.folder}.",
-        "Unpack the binary version there, or leave --data_dir out for the embedded "
-        "digits.")
+        choices.append((paths, [name for name, path in zip(names, paths)
+                                if not tf.io.gfile.exists(path)]))
+    return min(choices, key=lambda choice: len(choice[1]))

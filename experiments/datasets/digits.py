@@ -17,19 +17,28 @@ _FILE = pathlib.Path(__file__).with_name("digits.npz")
 _SPLIT_SEED = 0
 
 
-def load(split: str) -> dict[str, np.ndarray]:
-    """Reads one split.
+def load(split: str, data_dir: str | None = None) -> dict[str, np.ndarray]:
+    """Reads one split, and prints which data these are if it is "train".
 
     Args:
         split: "train" (1,257 images), "validation" (180) or "test" (360).
+        data_dir: of the run; None, for nothing is read there.
 
     Returns:
         `image`: uint8 `[num_examples, 8, 8, 1]`, ink from 0 to 16; `label`: int32
         `[num_examples]`, 0 to 9.
 
     Raises:
-        ConfigError: another split.
+        ConfigError: another split, or there is a `data_dir`.
     """
+    if data_dir is not None:
+        raise mpl.ConfigError(
+            f"`data_dir` ({data_dir}) is not read: these digits are embedded.",
+            "Leave --data_dir out.")
+    return _load(split, "from the UCI set")
+
+
+def _load(split: str, what: str) -> dict[str, np.ndarray]:
     if split not in SPLITS:
         raise mpl.ConfigError(
             f"`split` ({split}) is not a part of digits.", f"Use one of {list(SPLITS)}."
@@ -39,13 +48,15 @@ def load(split: str) -> dict[str, np.ndarray]:
     # RandomState, because NumPy promises that its numbers never change.
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(label))
     part = order[slice(*SPLITS[split])]
+    if split == "train":
+        print(f"Data: {len(part):,} embedded digits of 8×8, {what}", flush=True)
     return {"image": image[part], "label": label[part].astype(np.int32)}
 
 
 def load_enlarged(
     split: str, factor: int, border: int = 0, channels: int = 1
 ) -> dict[str, np.ndarray]:
-    """Reads one split as larger images, for models of other data.
+    """Reads one split as larger images, in place of other data, and says so.
 
     Args:
         split: as of `load`.
@@ -57,7 +68,8 @@ def load_enlarged(
         `image`: uint8 `[num_examples, size, size, channels]`, ink from 0 to 255, where
         `size` is 8 × factor + 2 × border; `label`: as of `load`.
     """
-    examples = load(split)
+    size = 8 * factor + 2 * border
+    examples = _load(split, f"enlarged to {size}×{size}, for want of --data_dir")
     image = np.round(examples["image"] * (255 / 16)).astype(np.uint8)
     image = image.repeat(factor, 1).repeat(factor, 2).repeat(channels, 3)
     sides = (border, border)

@@ -10,7 +10,6 @@ records with build_imagenet_data.py,
 https://github.com/tensorflow/models/tree/archive/research/inception
 """
 
-import concurrent.futures
 import os
 from typing import Any
 
@@ -18,12 +17,11 @@ import numpy as np
 import tensorflow as tf
 
 import mpl
+from experiments.datasets import tfrecords
 
 NUM_CLASSES = 1000
 # Of the colours of training images, 0 to 255.
 MEAN, STDDEV = (123.68, 116.78, 103.94), (58.39, 57.12, 57.38)
-_FRAME = 8 + 4 + 4  # of a record: its length, the length's checksum, the data's
-_THREADS = 32
 _SHUFFLED = 64  # records of each stream, encoded: some 7 MB
 _MARGIN = 32  # pixels around the middle of an image that evaluation leaves out
 
@@ -54,8 +52,7 @@ class Images(mpl.FileSource):
                 encoded, size)
             return {"image": part, "label": record["label"]}
 
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-            counts = None if max_bad_records else list(threads.map(count, files))
+        counts = None if max_bad_records else tfrecords.counts(files)
         super().__init__(
             files, decodable if max_bad_records else records, examples_per_file=counts,
             shuffle_buffer=_SHUFFLED, max_bad_records=max_bad_records, transform=image)
@@ -102,30 +99,6 @@ def synthetic(number: int, size: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     return {"image": random.integers(0, 256, (number, size, size, 3), np.uint8),
             "label": random.integers(0, NUM_CLASSES, number, np.int32)}
-
-
-def count(path: str) -> int:
-    """Returns the number of records in a file, from their lengths alone.
-
-    Raises:
-        ConfigError: the file ends inside a record.
-    """
-    size, number, place, start = tf.io.gfile.stat(path).length, 0, 0, 0
-    # Of a remote file TensorFlow reads more than it is asked for.
-    is_here, remote = os.path.exists(path), tf.io.gfile.GFile
-    with open(path, "rb", 0) if is_here else remote(path, "rb") as file:
-        while place < size:
-            start = place
-            file.seek(place)
-            place += _FRAME + int.from_bytes(file.read(8), "little")
-            number += 1
-    if place != size:
-        raise mpl.ConfigError(
-            f"File {path} ends inside record {number - 1}, which begins at byte "
-            f"{start}: it has {size} bytes, and needs {place}.",
-            "Copy it again or leave it out, or leave out the record: "
-            "--max_bad_records=1.")
-    return number
 
 
 def records(path: tf.Tensor) -> tf.data.Dataset:

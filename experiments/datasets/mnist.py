@@ -45,8 +45,6 @@ def load(split: str, data_dir: str | None) -> dict[str, np.ndarray]:
         ConfigError: there are no such files, or one is damaged.
     """
     if data_dir is None:
-        logging.info("%s data: embedded 8×8 digits, enlarged; not MNIST, for which "
-                     "there is --data_dir", split)
         return digits.load_enlarged(split, factor=3, border=2)
     image, label = _read(data_dir, "test" if split == "test" else "train")
     if split != "test":

@@ -35,8 +35,10 @@ def resnet(
     """
 
     def convolve(x, filters, size, strides=1, gain="ones"):
+        if strides > 1:  # "same" would not centre kernels on the shortcut's pixels
+            x = layers.ZeroPadding2D(size // 2)(x)
         x = layers.Conv2D(
-            filters, size, strides, padding="same", use_bias=False,
+            filters, size, strides, "valid" if strides > 1 else "same", use_bias=False,
             kernel_initializer=keras.initializers.VarianceScaling(
                 2.0, "fan_in", "untruncated_normal"), **penalty)(x)
         return layers.BatchNormalization(

@@ -32,8 +32,11 @@ def resnet(
     """
 
     def convolve(x, filters, strides=1):
+        padding = "same"
+        if strides > 1:  # "same" would not centre kernels on the shortcut's pixels
+            x, padding = layers.ZeroPadding2D(1)(x), "valid"
         x = layers.Conv2D(
-            filters, 3, strides, padding="same", use_bias=False, **kernels)(x)
+            filters, 3, strides, padding, use_bias=False, **kernels)(x)
         return layers.BatchNormalization(momentum=momentum)(x)
 
     def shortcut(x, filters):

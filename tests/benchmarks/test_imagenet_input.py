@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl import flags
 
 from experiments.benchmarks import imagenet_input
 from experiments.datasets import imagenet
@@ -51,26 +50,34 @@ def test_a_verdict():
 def test_it_measures_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(imagenet_input, "FILES", 2)
     monkeypatch.setattr(imagenet_input, "PER_FILE", 4)
-    values = flags.FlagValues()
-    imagenet_input.define_flags(values)
-    values(["imagenet_input", f"--out={tmp_path}", "--depth=14", "--width=4",
-            "--image_size=32", "--batch_size=4", "--secs=0.2", "--policy=float32"])
-    imagenet_input.main(["imagenet_input"], values)
+    assert imagenet_input.main([
+        f"--out={tmp_path}", "--depth=14", "--width=4", "--image_size=32",
+        "--batch_size=4", "--secs=0.2", "--policy=float32"]) == 0
     said = capsys.readouterr().out
     assert "synthetic: 12 records in ImageNet's form" in said
-    assert "| | images per second |" in said and "Input does not hold" in said or (
-        "Training waits" in said)
+    assert "| | images per second |" in said
+    assert "Input does not hold" in said or "Training waits" in said
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["images_per_sec"]) == {"training", "input", "both"}
     assert all(np.isfinite(x) and x > 0 for x in results["images_per_sec"].values())
     assert results["batch_size"] == 4
 
 
-def test_it_says_what_is_missing(tmp_path):
-    values = flags.FlagValues()
-    imagenet_input.define_flags(values)
-    values(["imagenet_input", f"--out={tmp_path}", f"--data_dir={tmp_path}",
-            "--depth=14", "--width=4", "--image_size=32", "--secs=0.1",
-            "--policy=float32"])
-    with pytest.raises(SystemExit, match="holds no train-"):
-        imagenet_input.main(["imagenet_input"], values)
+def test_it_says_what_is_missing(tmp_path, capsys):
+    assert imagenet_input.main([
+        f"--out={tmp_path}", f"--data_dir={tmp_path}", "--depth=14", "--width=4",
+        "--image_size=32", "--secs=0.1", "--policy=float32"]) == 1
+    assert "holds no train-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("--image_size=8", "`image_size` (8) must be an integer at least 32"),
+    ("--batch_size=0", "`global_batch_size` (0) must be an integer at least 1")])
+def test_wrong_settings_are_found_before_anything_is_written(
+    wrong, message, tmp_path, capsys
+):
+    assert imagenet_input.main([f"--out={tmp_path}", wrong]) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as end:
+        imagenet_input.main([wrong])
+    assert end.value.code == 2 and "--out" in capsys.readouterr().err

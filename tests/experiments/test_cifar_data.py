@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+import tfds_files
 
 import mpl
 from experiments.datasets import cifar, digits
@@ -23,8 +24,11 @@ def records(number, count, name="cifar10"):
         [np.array(labels, np.uint8).T, planes], 1)
 
 
-def write(folder, name="cifar10", count=8):
-    """Writes files of so many records each."""
+def write(folder, monkeypatch, name="cifar10", count=8):
+    """Writes files of so many records each, which from now on is the full number."""
+    for part in ("train", "test"):
+        files = len(getattr(cifar.SETS[name], part))
+        monkeypatch.setitem(cifar.NUM_IMAGES, part, count * files)
     (folder / FOLDERS[name]).mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(FILES[name]):
         path = folder / FOLDERS[name] / file
@@ -32,8 +36,8 @@ def write(folder, name="cifar10", count=8):
     return str(folder)
 
 
-def test_cifar10(tmp_path):
-    folder = write(tmp_path)
+def test_cifar10(tmp_path, monkeypatch):
+    folder = write(tmp_path, monkeypatch)
     train, validation, test = (
         cifar.load(split, folder) for split in ("train", "validation", "test"))
     assert [len(part["label"]) for part in (train, validation, test)] == [36, 4, 8]
@@ -49,14 +53,14 @@ def test_cifar10(tmp_path):
                 part["image"][:, y, x, c], rows[:, 1 + 1024 * c + 32 * y + x])
 
 
-def test_all_training_images(tmp_path):
-    folder = write(tmp_path)
+def test_all_training_images(tmp_path, monkeypatch):
+    folder = write(tmp_path, monkeypatch)
     assert cifar.load("validation", folder, holds_out=False) is None
     assert len(cifar.load("train", folder, holds_out=False)["label"]) == 40
 
 
-def test_cifar100_learns_the_fine_label(tmp_path):
-    folder = write(tmp_path, "cifar100", 20)
+def test_cifar100_learns_the_fine_label(tmp_path, monkeypatch):
+    folder = write(tmp_path, monkeypatch, "cifar100", 20)
     got = cifar.load("test", folder, "cifar100")
     rows = records(1, 20, "cifar100")
     np.testing.assert_array_equal(got["label"], rows[:, 1])
@@ -65,15 +69,43 @@ def test_cifar100_learns_the_fine_label(tmp_path):
     assert len(cifar.load("validation", folder, "cifar100")["label"]) == 2
 
 
-def test_the_files_may_lie_in_the_folder_itself(tmp_path):
-    folder = write(tmp_path)
+def test_the_files_may_lie_in_the_folder_itself(tmp_path, monkeypatch):
+    folder = write(tmp_path, monkeypatch)
     here = cifar.load("test", f"{folder}/cifar-10-batches-bin")
     np.testing.assert_array_equal(here["label"], cifar.load("test", folder)["label"])
 
 
-def test_fewer_images_than_there_are_is_a_warning(tmp_path, caplog):
-    cifar.load("test", write(tmp_path))
-    assert "8 images of test, and cifar10 has 10000" in caplog.text
+@pytest.mark.parametrize("name, file, number", [
+    ("cifar10", "data_batch_4.bin", 10_000), ("cifar10", "test_batch.bin", 10_000),
+    ("cifar100", "train.bin", 50_000), ("cifar100", "test.bin", 10_000)])
+def test_a_file_cut_between_records(tmp_path, monkeypatch, name, file, number):
+    full = dict(cifar.NUM_IMAGES)
+    folder = write(tmp_path, monkeypatch, name)
+    split = "test" if "test" in file else "train"
+    path = tmp_path / FOLDERS[name] / file
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 8 * 7])
+    with pytest.raises(mpl.ConfigError) as error:
+        cifar.load(split, folder, name)
+    assert str(error.value) == (
+        f"{path} holds 7 images, and that file of {name} holds 8.\n"
+        "Copy or download it again, in the binary version.")
+    assert len(cifar.read(str(path), name)[1]) == 7  # as --input
+    path.write_bytes(content)
+    for part, count in full.items():  # those of the set itself
+        monkeypatch.setitem(cifar.NUM_IMAGES, part, count)
+    with pytest.raises(mpl.ConfigError, match=f"holds 8 images, .* holds {number:,}"):
+        cifar.load(split, folder, name)
+
+
+def test_its_own_files_come_first_as_of_mnist(tmp_path, monkeypatch):
+    other = np.zeros((10, 32, 32, 3), np.uint8), np.zeros(10, np.int32)
+    tfds_files.write(tmp_path, "cifar10", "3.0.2", {"train": other, "test": other})
+    folder = write(tmp_path, monkeypatch)
+    np.testing.assert_array_equal(
+        cifar.load("test", folder)["label"], records(5, 8)[:, 0])
+    (tmp_path / FOLDERS["cifar10"] / "test_batch.bin").unlink()
+    assert len(cifar.load("test", folder)["label"]) == 10
 
 
 @pytest.mark.parametrize("name, file, change, message", [
@@ -92,8 +124,8 @@ def test_fewer_images_than_there_are_is_a_warning(tmp_path, caplog):
     ("cifar100", "train.bin", lambda c: c + b"1",
      "within record 8, 1 bytes after byte 24592; a record of cifar100 has 3074 bytes"),
 ])
-def test_damaged_files(tmp_path, name, file, change, message):
-    folder = write(tmp_path, name)
+def test_damaged_files(tmp_path, monkeypatch, name, file, change, message):
+    folder = write(tmp_path, monkeypatch, name)
     path = tmp_path / FOLDERS[name] / file
     content = path.read_bytes()
     path.unlink()
@@ -104,10 +136,11 @@ def test_damaged_files(tmp_path, name, file, change, message):
     assert len(cifar.load("test", folder, name)["label"]) == 8
 
 
-def test_digits_stand_in_and_say_so(caplog):
-    caplog.set_level("INFO", "absl")
+def test_digits_stand_in_and_say_so(capsys):
+    cifar.load("train", None)
     got = cifar.load("test", None)
-    assert "test data: embedded 8×8 digits, enlarged; not CIFAR" in caplog.text
+    said = capsys.readouterr().out
+    assert said.count("embedded digits of 8×8, enlarged to 32×32") == 1
     small = digits.load("test")
     assert got["image"].shape == (360, 32, 32, 3)
     for channel in range(3):
@@ -123,17 +156,17 @@ def test_digits_do_not_stand_in_for_what_they_are_not(settings):
         cifar.load("train", None, **settings)
 
 
-@pytest.mark.parametrize("mirrors", [True, False])
-def test_crops_by_numpy(mirrors):
+@pytest.mark.parametrize("mirrors, grey", [(True, 0), (False, 0), (True, 120)])
+def test_crops_by_numpy(mirrors, grey):
     images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
     seed = tf.constant([3, 4])
     got = crop_and_mirror({"image": tf.constant(images), "label": 7}, seed,
-                          mirrors=mirrors)
+                          mirrors=mirrors, grey=grey)
     assert got["label"] == 7 and got["image"].dtype == tf.uint8
     random = tf.random.stateless_uniform([64, 3, 1], seed).numpy()[..., 0]
     offsets, mirrored = set(), 0
     for image, result, (row, column, side) in zip(images, got["image"], random):
-        around = np.pad(image, [(4, 4), (4, 4), (0, 0)])
+        around = np.pad(image, [(4, 4), (4, 4), (0, 0)], constant_values=grey)
         row, column = int(row * 9), int(column * 9)
         part = around[row:row + 32, column:column + 32]
         if mirrors and side < 0.5:

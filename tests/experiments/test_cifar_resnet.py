@@ -13,8 +13,8 @@ from whole_runs import POLICIES, predictions, resumed, run, two_steps
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return write(tmp_path / "cifar")
+def folder(tmp_path, monkeypatch):
+    return write(tmp_path / "cifar", monkeypatch)
 
 
 def prepared(strategy, **settings):
@@ -56,6 +56,41 @@ def test_a_shortcut_has_every_second_pixel_and_zeros():
     assert not shortcut[..., 24:].numpy().any()
 
 
+def test_a_stride_takes_the_pixels_that_the_shortcut_takes():
+    """As in the paper: one pixel of zeros on each side, kernels on even pixels."""
+    model = resnet(8, 10)
+    layers = model.layers
+    number, = (i for i, layer in enumerate(layers) if layer.name.startswith("conv")
+               and layer.filters == 32 and layer.strides == (2, 2))
+    convolution = layers[number]
+    before = next(layer for layer in layers[number::-1] if isinstance(
+        layer, keras.layers.ReLU))
+    kernel = np.zeros((3, 3, 16, 32), np.float32)
+    kernel[1, 1, :, :16] = np.eye(16)
+    kernel[0, 2, :, 16:] = np.eye(16)
+    convolution.kernel.assign(kernel)
+    image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    x, y = keras.Model(model.input, [before.output, convolution.output])(image)
+    around = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    np.testing.assert_allclose(y[..., :16], x.numpy()[:, ::2, ::2], rtol=1e-6)
+    np.testing.assert_allclose(y[..., 16:], around[:, 0:32:2, 2:34:2], rtol=1e-6)
+
+
+def test_images_of_cifar_are_surrounded_by_its_mean(folder, strategy_of):
+    """As in the paper, whose images are padded when the mean is 0."""
+    experiment = prepared(strategy_of(1), data_dir=folder, global_batch_size=16)
+    batch = next(iter(experiment.pipelines["train"].dataset()))
+    corners = {tuple(pixel) for row, column in ((0, 0), (0, 31), (31, 0), (31, 31))
+               for pixel in batch["image"][:, row, column].numpy()}
+    assert (120, 120, 120) in corners and (0, 0, 0) not in corners
+    digits = prepared(strategy_of(1), global_batch_size=16)
+    batch = next(iter(digits.pipelines["train"].dataset()))
+    assert not (batch["image"].numpy() == 120).any()
+    rescaling = next(layer for layer in experiment.model.layers
+                     if isinstance(layer, keras.layers.Rescaling))
+    assert not rescaling(np.full((1, 1, 1, 3), 120, np.uint8)).numpy().any()
+
+
 @pytest.mark.parametrize("settings, message", [
     ({"depth": 21}, r"`depth` \(21\) must be 6n \+ 2"),
     ({"shortcut": "option_a"}, "`shortcut` .* must be identity or projection"),
@@ -64,6 +99,18 @@ def test_a_shortcut_has_every_second_pixel_and_zeros():
 def test_wrong_settings(settings, message):
     with pytest.raises(mpl.ConfigError, match=message):
         Config(**settings)
+
+
+def test_momentum_is_of_sgd_alone(strategy_of):
+    sgd = prepared(strategy_of(1), momentum=0.5)
+    assert sgd.optimizer.inner.momentum == 0.5
+    adam = prepared(strategy_of(1), optimizer="adam")
+    assert not hasattr(adam.optimizer.inner, "momentum")
+    with pytest.raises(mpl.ConfigError) as error:
+        prepared(strategy_of(1), optimizer="rmsprop", momentum=0.5)
+    assert str(error.value) == (
+        "`momentum` (0.5) has no effect on `optimizer` (rmsprop).\n"
+        "Leave it out, or use --optimizer=sgd.")
 
 
 @pytest.mark.slow
@@ -135,6 +182,14 @@ def test_resume_export_predict(folder, tmp_path):
     np.testing.assert_allclose(predictions(tmp_path / "parts"), got, atol=1e-6)
 
 
+def test_a_file_to_predict_is_read_whole(folder):
+    experiment = CifarResnet()
+    experiment.config = Config(global_batch_size=4)
+    part, = experiment.read_input(f"{folder}/cifar-10-batches-bin/test_batch.bin")
+    want = records(5, 8)[:, 1:].reshape(8, 3, 32, 32).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(part["image"], want)
+
+
 @pytest.mark.slow
 def test_it_learns_digits(tmp_path):
     results = run(CifarResnet, tmp_path, depth=8, global_batch_size=32, train_epochs=4,
@@ -143,8 +198,8 @@ def test_it_learns_digits(tmp_path):
 
 
 @pytest.mark.slow
-def test_cifar100_runs_without_validation(tmp_path):
-    folder = write(tmp_path / "data", "cifar100", 20)
+def test_cifar100_runs_without_validation(tmp_path, monkeypatch):
+    folder = write(tmp_path / "data", monkeypatch, "cifar100", 20)
     results = run(CifarResnet, tmp_path / "run", data_dir=folder, dataset="cifar100",
                   holdout=False, depth=8, global_batch_size=10, train_epochs=1)
     assert results.keys() == {"train", "test"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import mpl
+from experiments.benchmarks import binaries
 from experiments.datasets import digits
 
 
@@ -48,3 +49,33 @@ def test_the_splits_are_fixed_and_share_no_image():
 def test_an_unknown_split_is_an_error():
     with pytest.raises(mpl.ConfigError, match=r"`split` \(valid\).*\nUse one of"):
         digits.load("valid")
+
+
+def test_other_data_are_not_ignored():
+    for split in digits.SPLITS:
+        with pytest.raises(mpl.ConfigError) as error:
+            digits.load(split, "mnist")
+        assert str(error.value) == (
+            "`data_dir` (mnist) is not read: these digits are embedded.\n"
+            "Leave --data_dir out.")
+
+
+@pytest.mark.parametrize("name", [
+    "digits", "distill", "gan_digits", "linear", "penalty", "sam"])
+def test_no_binary_with_data_of_its_own_takes_a_folder(name, tmp_path, strategy_of):
+    kind, settings = binaries.launched(name)
+    experiment, config = kind(), kind.Config or mpl.RunConfig
+    with pytest.raises(mpl.ConfigError, match="Split train: `data_dir` .* is not read"):
+        experiment.setup(config(data_dir=str(tmp_path), **settings), strategy_of(1))
+
+
+def test_training_images_are_announced_once(capsys):
+    for split in digits.SPLITS:
+        digits.load(split)
+    assert capsys.readouterr().out == (
+        "Data: 1,257 embedded digits of 8×8, from the UCI set\n")
+    for split in digits.SPLITS:
+        digits.load_enlarged(split, factor=3, border=2)
+    assert capsys.readouterr().out == (
+        "Data: 1,257 embedded digits of 8×8, enlarged to 28×28, for want of "
+        "--data_dir\n")

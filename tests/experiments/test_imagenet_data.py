@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import mpl
-from experiments.datasets import imagenet
+from experiments.datasets import imagenet, tfrecords
 from mpl.data import Pipeline, naming_damage
 
 SIZE = 32
@@ -158,7 +158,7 @@ def test_the_start_of_a_record_is_named(tmp_path):
     first = 16 + int.from_bytes(path.read_bytes()[:8], "little")
     path.write_bytes(path.read_bytes()[:first + 5])
     with pytest.raises(mpl.ConfigError, match=f"record 1, .* at byte {first}:"):
-        imagenet.count(str(path))
+        tfrecords.count(str(path))
 
 
 def test_what_is_no_record_is_named(tmp_path):

@@ -55,12 +55,15 @@ def test_a_run_trains_goes_on_exports_and_predicts(data_dir, tmp_path):
                 "policy": "mixed_bfloat16", "lr_schedule": "constant"}
     mpl.run(ImagenetResnet, **{**settings, "train_steps": 2})
     results = mpl.run(ImagenetResnet, **settings, mode="all")
-    assert results["validation"]["top_5"] >= 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in lines) == 4
     chances = np.load(tmp_path / "run" / "predictions.npz")["predictions"]
     assert chances.shape == (5, 1000)
     np.testing.assert_allclose(chances.sum(1), 1, rtol=1e-3)
+    labels = np.arange(5)  # of the validation's greys
+    above = (chances > chances[labels, labels][:, np.newaxis]).sum(1)
+    for name, most in (("top_1", 1), ("top_5", 5)):
+        assert results["validation"][name] == pytest.approx(np.mean(above < most))
     images = tmp_path / "images"
     images.mkdir()
     for name, level in (("a.jpg", 20), ("b.jpg", 200)):
@@ -151,9 +154,29 @@ def test_l2_is_of_the_model_or_of_lars(strategy_of):
     assert (lars.optimizer.inner.l2, lars.optimizer.inner.momentum) == (0.25, 0.5)
 
 
-def test_synthetic_pixels_are_named(strategy_of, capsys):
-    prepared(strategy_of(1), synthetic=True, policy="float32")
+def test_momentum_is_of_sgd_and_lars_alone(strategy_of):
+    settings = dict(synthetic=True, optimizer="rmsprop", policy="float32")
+    assert prepared(strategy_of(1), **settings).optimizer.inner.momentum == 0
+    with pytest.raises(mpl.ConfigError) as error:
+        prepared(strategy_of(1), momentum=0.5, **settings)
+    assert str(error.value) == (
+        "`momentum` (0.5) has no effect on `optimizer` (rmsprop).\n"
+        "Leave it out, or use --optimizer=sgd or --optimizer=lars.")
+
+
+def test_synthetic_pixels_are_named(data_dir, strategy_of, capsys):
+    experiment = prepared(strategy_of(1), synthetic=True, policy="float32")
     assert "synthetic train: random pixels" in capsys.readouterr().out
+    assert list(experiment.metrics()) == ["synthetic_top_1", "synthetic_top_5"]
+    assert experiment.headline() == "synthetic_top_1"
+    real = prepared(strategy_of(1), data_dir=data_dir, policy="float32")
+    assert list(real.metrics()) == ["top_1", "top_5"]
+
+
+def test_synthetic_pixels_do_not_stand_for_a_folder():
+    with pytest.raises(mpl.ConfigError, match=r"`data_dir` \(imagenet\) is not read .*"
+                       r"`synthetic`.*\nLeave one of the two out"):
+        Config(synthetic=True, data_dir="imagenet")
 
 
 def test_without_records_nothing_is_trained(strategy_of):

@@ -59,6 +59,13 @@ def test_resume_export_predict(folder, tmp_path):
     np.testing.assert_allclose(predictions(tmp_path / "parts"), got, atol=1e-6)
 
 
+def test_a_file_to_predict_is_read_whole(folder):
+    experiment = MnistCnn()
+    experiment.config = Config(global_batch_size=4)
+    part, = experiment.read_input(f"{folder}/t10k-images-idx3-ubyte")
+    np.testing.assert_array_equal(part["image"][..., 0], examples("test")[0])
+
+
 @pytest.mark.slow
 def test_it_learns_digits(tmp_path):
     results = run(MnistCnn, tmp_path, train_epochs=8, policy="float32", mode="all")

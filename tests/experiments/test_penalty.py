@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import mpl
 from experiments import digits, penalty
 
 FACTOR = 100.0
@@ -70,7 +71,8 @@ def test_the_metric_is_the_squared_length_of_the_gradient(policy, strategy_of):
 
 def test_evaluation_has_the_loss_of_the_labels_alone(strategy_of):
     experiment = loops.prepared(Small, strategy_of(1), penalty=FACTOR)
-    images = experiment.build_data("validation", None)
+    images = experiment.build_data(
+        "validation", mpl.DataContext(None, 64, 0, None))
     losses = loops.cross_entropy(
         loops.weights_of(experiment.model), images["image"].reshape(-1, 64) / 16,
         images["label"])
