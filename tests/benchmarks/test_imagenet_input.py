@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from experiments.benchmarks import imagenet_input
-from experiments.datasets import imagenet
+from experiments.datasets import imagenet, tfrecords
 
 RATES = {"training": 200.0, "input": 80.0, "both": 75.0}
 
@@ -19,7 +19,7 @@ def test_it_writes_records_of_imagenets_form_and_size(tmp_path):
                      "validation-00000-of-00001"]
     assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert 90e3 < size / 24 < 140e3
-    assert [imagenet.count(str(tmp_path / name)) for name in names] == [8] * 3
+    assert [tfrecords.count(str(tmp_path / name)) for name in names] == [8] * 3
     shapes = set()
     for record in imagenet.records(str(tmp_path / names[0])):
         shapes.add(tuple(tf.io.decode_jpeg(record["encoded"]).shape))

@@ -207,7 +207,7 @@ def test_the_size_of_mpl_does_not_grow_unnoticed():
     sizes = {path: _code_lines(path) for path in MPL}
     assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 4735
     tools = sum(n for path, n in sizes.items() if path.parent.name == "tools")
-    assert sum(sizes.values()) - tools <= 7995 and tools <= 970
+    assert sum(sizes.values()) - tools <= 8005 and tools <= 970
 
 
 def test_no_fit_and_no_compile():
