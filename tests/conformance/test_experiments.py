@@ -19,7 +19,8 @@ from experiments.benchmarks import binaries
 
 NAMES = binaries.names()
 # Policies and numbers of replicas; each run goes on where the one before stopped.
-RUNS = (("float32", 1), ("mixed_bfloat16", 1), ("mixed_float16", 2))
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+RUNS = [(policy, replicas) for replicas in (1, 2) for policy in POLICIES]
 FILES = sorted(
     path for path in (ROOT / "experiments").rglob("*.py")
     if "benchmarks" not in path.relative_to(ROOT).parts)
@@ -60,7 +61,7 @@ def finite(values):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_in_each_policy_and_on_several_devices(name, tmp_path, capsys):
+def test_it_runs_in_each_policy_on_one_device_and_on_two(name, tmp_path, capsys):
     """It trains, evaluates, exports, reloads and predicts; and goes on so."""
     kind, settings = binaries.launched(name)
     settings |= {
