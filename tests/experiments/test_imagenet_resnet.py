@@ -52,7 +52,8 @@ def test_two_steps_on_records(policy, replicas, data_dir, strategy_of):
 @pytest.mark.slow
 def test_a_run_trains_goes_on_exports_and_predicts(data_dir, tmp_path):
     settings = {**SMALL, "data_dir": data_dir, "workdir": str(tmp_path / "run"),
-                "policy": "mixed_bfloat16", "lr_schedule": "constant"}
+                "policy": "mixed_bfloat16", "lr_schedule": "constant",
+                "learning_rate": 1e-3}  # chances that are not 0 or 1 can be ranked
     mpl.run(ImagenetResnet, **{**settings, "train_steps": 2})
     results = mpl.run(ImagenetResnet, **settings, mode="all")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -235,7 +235,7 @@ def test_tumours_are_told_apart(policy, strategy_of, tmp_path):
     pytest.importorskip("sklearn")
     experiment = prepared(
         strategy_of(1), policy=policy, dataset="breast_cancer", train_epochs=100,
-        global_batch_size=32)
+        global_batch_size=32, filters=medical.Config.filters)
     experiment.trainer.train(experiment.train_steps)
     values = experiment.evaluators["test"].evaluate(-1)
     print({name: float(value) for name, value in values.items()})
