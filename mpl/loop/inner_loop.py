@@ -11,6 +11,7 @@ from mpl.errors import ConfigError
 _graph = tf.compat.v1.get_default_graph
 # Of code that nothing has converted yet.
 _AUTOGRAPH = tf.__internal__.autograph.control_status_ctx()
+_never = tf.autograph.experimental.do_not_convert(lambda: False)
 
 
 def converted(function: Callable) -> Callable:
@@ -104,7 +105,7 @@ class InnerLoop:
 
     def __init__(
         self, step: Callable[[Any], Any], options: Any, dataset: Any,
-        should_stop: Callable[[], Any] = lambda: False,
+        should_stop: Callable[[], Any] = _never,
         reduce: Callable[[Any, Any], Any] | None = None,
     ):
         self._step, self._should_stop, self._reduce = step, should_stop, reduce

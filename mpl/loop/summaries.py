@@ -11,9 +11,15 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+proto = tf.compat.v1
+
 # Marks what is written after a step: what `train_step` itself says at `global_step` n
 # belongs to the step after n.
 AFTER_STEP = "After this many steps."
+# As `tf.summary.scalar` has it, at a fifth of its time.
+_SCALAR = proto.SummaryMetadata(
+    plugin_data=proto.SummaryMetadata.PluginData(plugin_name="scalars"),
+    summary_description=AFTER_STEP)
 # Texts that each start of a run writes anew.
 TEXTS = ("flags", "parameters")
 
@@ -58,11 +64,15 @@ class Summaries:
         writer.flush()
 
     def write(self, split: str, values: Mapping[str, Any]) -> None:
-        """Writes the numbers among values by name."""
+        """Writes the numbers among values by name, as one event."""
         with self.to(split) as can_write:
-            for name, value in values.items():
-                if can_write and np.ndim(value) == 0:
-                    tf.summary.scalar(name, value, description=AFTER_STEP)
+            if can_write:
+                summary = proto.Summary()
+                for name, value in values.items():
+                    if np.ndim(value) == 0:
+                        tensor = tf.make_tensor_proto(value, tf.float32)
+                        summary.value.add(tag=name, tensor=tensor, metadata=_SCALAR)
+                tf.summary.experimental.write_raw_pb(summary.SerializeToString())
 
     def _open(self, split: str) -> tf.summary.SummaryWriter:
         step = int(self._global_step.numpy())

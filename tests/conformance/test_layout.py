@@ -205,9 +205,9 @@ def test_the_size_of_mpl_does_not_grow_unnoticed():
     """Above the design's 2,200 and 4,500; BUILD_NOTES.md says why."""
     core = {"precision", "step", "loop", "distribute", "data"}
     sizes = {path: _code_lines(path) for path in MPL}
-    assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 4735
+    assert sum(n for path, n in sizes.items() if path.parent.name in core) <= 4738
     tools = sum(n for path, n in sizes.items() if path.parent.name == "tools")
-    assert sum(sizes.values()) - tools <= 8005 and tools <= 970
+    assert sum(sizes.values()) - tools <= 8016 and tools <= 970
 
 
 def test_no_fit_and_no_compile():

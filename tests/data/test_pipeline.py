@@ -315,3 +315,30 @@ def test_no_autotuner_holds_up_the_end_of_an_iterator():
         pipeline = Pipeline(as_source(examples), global_batch_size=4, seed=0,
                             shuffle=False, repeat=False)
         assert pipeline.dataset().options().autotune.enabled is enabled
+
+
+def test_autograph_leaves_the_pipelines_own_code_alone():
+    status = []
+
+    class Noting(ArraySource):
+        def gather(self, index):
+            status.append(tf.__internal__.autograph.control_status_ctx().status.name)
+            return super().gather(index)
+
+    source = Noting(_arrays())
+    _read(Pipeline(source, global_batch_size=BATCH, shuffle=True, repeat=True), 1)
+    assert status and set(status) == {"DISABLED"}
+
+
+def test_autograph_rewrites_a_users_transform():
+    def transform(batch, seed):
+        if batch["x"][0] < 1000:  # of a tensor
+            batch["x"] += 1000
+        return batch
+
+    def order(transform=None):
+        source = ArraySource(_arrays(), transform)
+        settings = {"global_batch_size": BATCH, "shuffle": True, "repeat": False}
+        return _order(Pipeline(source, **settings), EPOCH)
+
+    assert order(transform) == (np.array(order()) + 1000).tolist()

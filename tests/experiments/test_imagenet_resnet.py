@@ -207,3 +207,22 @@ def test_pixels_are_normalised():
     rescaling = next(x for x in model.layers if isinstance(x, keras.layers.Rescaling))
     pixels = np.array([[[[100, 130, 20]]]], np.uint8)
     np.testing.assert_allclose(rescaling(pixels)[0, 0, 0], [0, 1, -2], atol=1e-5)
+
+
+def test_a_stride_centres_every_kernel_on_even_pixels():
+    """Also those beside a shortcut, whose 1×1 kernels take these pixels."""
+    model = bottleneck.resnet("14", 10, 64, mean=(0, 0, 0), stddev=(1, 1, 1), width=4)
+    image = np.random.default_rng(0).integers(0, 255, (1, 64, 64, 3)).astype(np.uint8)
+    seen = set()
+    for number, layer in enumerate(model.layers):
+        if isinstance(layer, keras.layers.Conv2D) and layer.strides == (2, 2):
+            size, channels = layer.kernel_size[0], layer.kernel.shape[2]
+            kernel = np.zeros(layer.kernel.shape, np.float32)
+            kernel[size // 2, size // 2, 0, 0] = 1
+            layer.kernel.assign(kernel)
+            padding = model.layers[number].input._keras_history.operation
+            x, y = keras.Model(model.input, [padding.input, layer.output])(image)
+            assert x.shape[-1] == channels
+            np.testing.assert_allclose(y[..., 0], x.numpy()[:, ::2, ::2, 0], rtol=1e-6)
+            seen.add(size)
+    assert seen == {1, 3, 7}

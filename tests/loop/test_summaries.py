@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mpl.loop.summaries import Summaries
+from mpl.loop.summaries import AFTER_STEP, Summaries
 
 pytest.importorskip("tensorboard")
 
@@ -34,6 +34,26 @@ def test_writes_a_folder_for_each_evaluation_set(eval_folder, tmp_path):
     assert scalars_in(tmp_path) == train
     validation = scalars_in(tmp_path / (eval_folder or "") / "validation")
     assert validation == {("loss", 10): 0.75}
+
+
+def test_a_scalar_is_as_tensorflow_writes_it(tmp_path):
+    step = tf.Variable(10, dtype=tf.int64)
+    values = {"loss": 0.1, "scale": 2.0**15, "nan": np.nan, "count": 3}
+    Summaries(step, str(tmp_path / "ours"), None).write("train", values)
+    with tf.summary.create_file_writer(str(tmp_path / "theirs")).as_default(step):
+        for name, value in values.items():
+            tf.summary.scalar(name, value, description=AFTER_STEP)
+
+    def told(path):
+        file, = path.iterdir()
+        events = [tf.compat.v1.Event.FromString(record.numpy())
+                  for record in tf.data.TFRecordDataset(str(file))]
+        return [(event.step, value.tag, value.metadata, value.tensor.dtype,
+                 str(tf.make_ndarray(value.tensor)))
+                for event in events for value in event.summary.value]
+
+    assert len(told(tmp_path / "ours")) == 4
+    assert told(tmp_path / "ours") == told(tmp_path / "theirs")
 
 
 def test_what_is_said_inside_is_written_at_the_multiples(tmp_path):
