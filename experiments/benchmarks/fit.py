@@ -3,8 +3,9 @@
     python -m experiments.benchmarks.fit digits --policy=float32 --workdir=runs/fit
 
 The same model, data in the same order, loss, metrics, optimizer and evaluations as
-`python -m experiments.digits` with the same flags; no checkpoints and no log. Expected:
-fit.json in the folder, with the test's metric and the seconds of training.
+`python -m experiments.digits` with the same flags; after each evaluation Keras's
+backup, checkpoint of the best weights and log, as mpl saves and logs by itself.
+Expected: fit.json in the folder, with the test's metric and the seconds of training.
 """
 
 import gc
@@ -23,7 +24,7 @@ import mpl
 from experiments.benchmarks import binaries
 from mpl import experiment_data
 from mpl.launch import flags
-from mpl.launch.config import merged
+from mpl.launch.config import better, merged
 from mpl.launch.intervals import intervals
 from mpl.precision import loss_scale
 
@@ -161,7 +162,23 @@ def steps_of(*lengths: int) -> int:
                if whole % n == 0 and n >= min(whole, _STEPS))
 
 
-def train(experiment: mpl.Experiment, clock: Clock) -> Fit:
+def savers(
+    experiment: mpl.Experiment, folder: pathlib.Path
+) -> list[keras.callbacks.Callback]:
+    """Returns what Keras has so that a run can go on, its best is kept, and it logs."""
+    name = next(iter(experiment.metrics()), "loss")
+    found = [keras.callbacks.BackupAndRestore(folder / "backup"),
+             keras.callbacks.CSVLogger(folder / "log.csv")]
+    if "validation" in experiment.pipelines:
+        found.append(keras.callbacks.ModelCheckpoint(
+            folder / "best.weights.h5", monitor=f"val_{name}", mode=better(name),
+            save_best_only=True, save_weights_only=True))
+    return found
+
+
+def train(
+    experiment: mpl.Experiment, *callbacks: keras.callbacks.Callback
+) -> Fit:
     """Trains and evaluates as often as the experiment's flags say."""
     model, pipelines = Fit(experiment), experiment.pipelines
     total, validation = experiment.train_steps, pipelines.get("validation")
@@ -177,20 +194,21 @@ def train(experiment: mpl.Experiment, clock: Clock) -> Fit:
     for count, length in ((epochs, block), (1, rest)):
         if count and length:
             model.fit(data, epochs=count, steps_per_epoch=length, verbose=0,
-                      callbacks=[clock], **evaluation)
+                      callbacks=callbacks, **evaluation)
             data = pipelines["train"].dataset(epochs * block)
     return model
 
 
 def run(kind: type[mpl.Experiment], config: mpl.RunConfig) -> dict[str, Any]:
-    """Trains and tests; returns what fit.json holds."""
+    """Trains and tests, saves in `workdir`; returns what fit.json holds."""
     if reason := why_not(kind, config):
         return {"why_not": reason}
     experiment = set_up(kind, config)
     if reason := why_not_model(experiment):
         return {"why_not": reason}
     clock = Clock()
-    model = train(experiment, clock)
+    folder = pathlib.Path(config.workdir or ".")
+    model = train(experiment, clock, *savers(experiment, folder))
     if (test := experiment.pipelines.get("test")) is not None:
         model.evaluate(test.dataset(), steps=test.batches_per_epoch, verbose=0)
     name = next(iter(model.own), "loss")

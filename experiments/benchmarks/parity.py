@@ -176,8 +176,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "by pairs of the same seed. Within 2 sd: the mean lies within the reference's "
         "mean ± 2 standard deviations.",
         "Training is blocks of steps, tracing included, without evaluation and saving; "
-        "process is from start to end, imports, evaluation and saving included (`fit` "
-        "saves nothing).",
+        "process is from start to end, imports, evaluation and saving included: `fit` "
+        "has BackupAndRestore, ModelCheckpoint of the best weights and CSVLogger.",
         "Whole processes also differ in what is no loop: that of `fit` imports mpl, "
         "too, for the model and the data (0.2 s); mpl keeps Python's garbage collector "
         "from what TensorFlow's import makes, and `fit` does without that. So judge "

@@ -168,9 +168,12 @@ def test_steps_of_an_execution(lengths, steps):
 @pytest.mark.slow
 def test_the_program_takes_the_flags_of_the_binary(tmp_path, capsys):
     fit.main(["fit", "digits", f"--workdir={tmp_path}/run", "--policy=float32",
-              "--train_steps=4", "--hidden=8"])
+              "--train_steps=4", "--eval_every_steps=2", "--hidden=8"])
     content = json.loads((tmp_path / "run" / "fit.json").read_text())
     assert content["metric"] == "accuracy" and 0 <= content["final"] <= 1
     assert 0 < content["training_secs"] < 60
     *_, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == content
+    header, *rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert header == "epoch,accuracy,loss,val_accuracy,val_loss" and len(rows) == 2
+    assert (tmp_path / "run" / "best.weights.h5").stat().st_size > 10_000
