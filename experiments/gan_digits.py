@@ -3,7 +3,7 @@
     python -m experiments.gan_digits
 
 A conditional GAN with two models, two optimizers and one loss scale: both updates of a
-step are applied or none is. About a minute on 2 CPU cores. Expected: `mae`, the mean
+step are applied or none is. Ten seconds on 2 CPU cores. Expected: `mae`, the mean
 distance between a generated digit and real ones of its class, falls below 0.2 (an
 untrained generator: about 0.4).
 Source: Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
