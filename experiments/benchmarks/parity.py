@@ -26,9 +26,9 @@ from mpl.tools.command_line import Parser, code_of
 from mpl.tools.comparison import Spread, reference, spread
 from mpl.tools.page import number
 
-# On the 2 cores that the table was made for, one of its steps takes minutes.
+# On the 2 cores that the table was made for, one of its steps takes 40 seconds.
 LEFT_OUT = ("imagenet_resnet",)
-# Flags of those whose default takes minutes there.
+# Flags of those whose default takes a minute or more there.
 CUT_SHORT = {
     "cifar_resnet": ("--depth=8", "--global_batch_size=32", "--train_epochs=4"),
     "char_lm": ("--train_epochs=2",),
@@ -156,7 +156,8 @@ def markdown(content: Mapping[str, Any]) -> str:
             notes.append(f"{name} failed: {error}")
             continue
         if cut := measured.get("cut_short"):
-            notes.append(f"{name} is cut short by {cut}: as it is, it takes minutes.")
+            notes.append(
+                f"{name} is cut short by {cut}: as it is, it takes a minute or more.")
         lines += [f"| {' | '.join(row)} |" for row in rows(name, measured)]
         for reason in dict.fromkeys(measured["no_fit"].values()):
             which = [policy for policy in measured["no_fit"]
@@ -170,7 +171,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     left_out = [name for name in LEFT_OUT if name not in content["binaries"]]
     if left_out:
         notes.append(
-            f"Left out: {', '.join(left_out)}, one of whose steps takes minutes.")
+            f"Left out: {', '.join(left_out)}, one of whose steps takes 40 seconds.")
     notes += [
         "a ± b: mean and sample standard deviation over seeds; differences and ratios "
         "by pairs of the same seed. Within 2 sd: the mean lies within the reference's "
