@@ -176,9 +176,7 @@ def savers(
     return found
 
 
-def train(
-    experiment: mpl.Experiment, *callbacks: keras.callbacks.Callback
-) -> Fit:
+def train(experiment: mpl.Experiment, *callbacks: keras.callbacks.Callback) -> Fit:
     """Trains and evaluates as often as the experiment's flags say."""
     model, pipelines = Fit(experiment), experiment.pipelines
     total, validation = experiment.train_steps, pipelines.get("validation")

@@ -11,14 +11,14 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-proto = tf.compat.v1
+_proto = tf.compat.v1
 
 # Marks what is written after a step: what `train_step` itself says at `global_step` n
 # belongs to the step after n.
 AFTER_STEP = "After this many steps."
 # As `tf.summary.scalar` has it, at a fifth of its time.
-_SCALAR = proto.SummaryMetadata(
-    plugin_data=proto.SummaryMetadata.PluginData(plugin_name="scalars"),
+_SCALAR = _proto.SummaryMetadata(
+    plugin_data=_proto.SummaryMetadata.PluginData(plugin_name="scalars"),
     summary_description=AFTER_STEP)
 # Texts that each start of a run writes anew.
 TEXTS = ("flags", "parameters")
@@ -67,7 +67,7 @@ class Summaries:
         """Writes the numbers among values by name, as one event."""
         with self.to(split) as can_write:
             if can_write:
-                summary = proto.Summary()
+                summary = _proto.Summary()
                 for name, value in values.items():
                     if np.ndim(value) == 0:
                         tensor = tf.make_tensor_proto(value, tf.float32)
@@ -111,7 +111,7 @@ def _keep(directory: str, condition: Callable[[Any], bool]) -> None:
         with contextlib.suppress(tf.errors.DataLossError):  # its writer was killed
             for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
                 records.append(record)
-                event = tf.compat.v1.Event.FromString(record)
+                event = _proto.Event.FromString(record)
                 if event.file_version or condition(event):
                     kept.append(record)
         if kept != records:  # beside it under a name that TensorBoard does not read
